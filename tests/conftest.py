@@ -1,0 +1,69 @@
+"""What several test files share: small seeded Hugging Face checkpoints, written by transformers itself."""
+
+from __future__ import annotations
+
+import os
+
+# Nothing here may reach the network, whatever the machine it runs on.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import CLIPConfig, CLIPModel
+
+TINY: dict[str, Any] = {
+    "projection_dim": 48,
+    "vision_config": {
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": 32,
+        "patch_size": 8,
+        "projection_dim": 48,
+    },
+    "text_config": {
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "projection_dim": 48,
+    },
+}
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with ``changes`` laid over it, section by section."""
+    return base | {k: merged(base[k], v) if isinstance(base.get(k), dict) else v for k, v in changes.items()}
+
+
+def make_reference(seed: int = 0, **changes: Any) -> CLIPModel:
+    """A small transformers.CLIPModel with random weights, in which no bias is zero and no norm is one."""
+    torch.manual_seed(seed)
+    model = CLIPModel(CLIPConfig(**merged(TINY, changes), attn_implementation="sdpa"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name == "logit_scale":
+                parameter.fill_(3.0)
+            elif parameter.ndim < 2:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+            else:
+                parameter.copy_(torch.randn_like(parameter) * parameter.shape[-1] ** -0.5)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def reference() -> CLIPModel:
+    return make_reference()
+
+
+@pytest.fixture(scope="session")
+def tiny(reference: CLIPModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder with ``reference``'s weights. Read only: copy it before changing it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    reference.save_pretrained(folder)
+    return folder
