@@ -4,6 +4,7 @@
     model, preprocess = miniclip.load("ViT-B/32")
 """
 
+from miniclip.config import CLIPConfig
 from miniclip.errors import (
     CheckpointError,
     ConfigError,
@@ -20,11 +21,13 @@ from miniclip.loss import contrastive_loss
 from miniclip.model import CLIP
 from miniclip.preprocess import Preprocess, open_image
 from miniclip.tokenizer import Tokenizer, tokenize
+from miniclip.zero_shot import ZeroShotClassifier
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CLIP",
+    "CLIPConfig",
     "CheckpointError",
     "ConfigError",
     "DownloadError",
@@ -35,6 +38,7 @@ __all__ = [
     "TextTooLongError",
     "Tokenizer",
     "UnknownModelError",
+    "ZeroShotClassifier",
     "available_models",
     "contrastive_loss",
     "load",

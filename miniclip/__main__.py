@@ -1,0 +1,7 @@
+"""``python -m miniclip`` is ``miniclip``."""
+
+import sys
+
+from miniclip.cli import main
+
+sys.exit(main())

@@ -1,0 +1,124 @@
+"""The command line: ``miniclip classify`` and ``miniclip models``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from miniclip import __version__
+from miniclip.errors import ImageError, MiniclipError
+from miniclip.hub import KNOWN, cached_model
+from miniclip.loading import load
+from miniclip.preprocess import open_image
+from miniclip.zero_shot import Answer, ZeroShotClassifier
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns its exit status: 0, 1 if something failed, 2 for a wrong command line."""
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+        sys.stdout.flush()
+        return status
+    except MiniclipError as error:
+        print(f"miniclip: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("miniclip: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has had enough, as `head` does. Python would complain once more at exit.
+        sys.stdout = open("/dev/null", "w") if sys.platform != "win32" else sys.stdout  # noqa: SIM115
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="miniclip", description="Images and words in one space: OpenAI's CLIP.")
+    parser.add_argument("--version", action="version", version=f"miniclip {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    classify = commands.add_parser(
+        "classify",
+        help="say which of the labels a picture shows",
+        description="Say which of the labels each picture shows, with probabilities.",
+    )
+    classify.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
+    classify.add_argument("--labels", nargs="+", required=True, metavar="LABEL", help="what it may be: two or more")
+    classify.add_argument("--model", default="ViT-B/32", metavar="NAME_OR_PATH", help="a name, path or Hub repository")
+    classify.add_argument(
+        "--template",
+        nargs="+",
+        default=["a photo of a {}."],
+        metavar="TEXT",
+        help='the prompt around a label; several are averaged (default: "a photo of a {}.")',
+    )
+    classify.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:N or mps (default: cuda if there is one)")
+    classify.add_argument("--dtype", choices=_DTYPES, help="float32 (default on the CPU), float16 (on CUDA), …")
+    classify.add_argument("--json", action="store_true", help="print a list of {image, labels: [{label, probability}]}")
+    classify.set_defaults(run=_classify)
+
+    models = commands.add_parser("models", help="list the models known by name", description="The known models.")
+    models.set_defaults(run=_models)
+    return parser
+
+
+def _classify(options: argparse.Namespace) -> int:
+    dtype = _DTYPES[options.dtype] if options.dtype else None
+    model, preprocess = load(options.model, options.device, dtype=dtype)
+    classifier = ZeroShotClassifier(model, preprocess, options.labels, options.template)
+    results = []
+    failed = 0
+    for path, answer in _answers(classifier, options.images):
+        if isinstance(answer, ImageError):
+            failed += 1
+            print(f"miniclip: {answer}", file=sys.stderr)
+            results.append({"image": path, "error": answer.reason})
+        elif options.json:
+            labels = [{"label": label, "probability": probability} for label, probability in answer]
+            results.append({"image": path, "labels": labels})
+        else:
+            print("\n".join(_lines(path, answer, bars=sys.stdout.isatty())), flush=True)
+    if options.json:
+        print(json.dumps(results, indent=2))  # ASCII, so that any file name survives any encoding
+    return 1 if failed else 0
+
+
+def _answers(classifier: ZeroShotClassifier, paths: Sequence[str]) -> Iterator[tuple[str, Answer | ImageError]]:
+    """One answer per picture, as it comes; a picture that cannot be read is an answer too."""
+    for path in paths:
+        try:
+            image = open_image(path)
+        except ImageError as error:
+            yield path, error
+        else:
+            yield path, classifier(image)
+
+
+def _lines(path: str, answer: Answer, bars: bool) -> Iterator[str]:
+    """For a person a heading and bars, for a program one line per label: path, label, probability, tab-separated."""
+    if not bars:
+        for label, probability in answer:
+            yield f"{path}\t{label}\t{probability:.4f}"
+        return
+    width = max(len(label) for label, _ in answer)
+    room = max(10, min(40, shutil.get_terminal_size().columns - width - 12))
+    full = "█" if (sys.stdout.encoding or "").lower().startswith("utf") else "#"
+    yield path
+    for label, probability in answer:
+        yield f"  {label:<{width}}  {probability:6.1%}  {full * round(probability * room)}"
+
+
+def _models(options: argparse.Namespace) -> int:
+    for name, known in KNOWN.items():
+        vision, source = known.config.vision, known.sources[0]
+        size = f"{source.megabytes} MB" if source.megabytes else ""
+        place = "in the cache" if cached_model(name) else f"from {source.repo}"
+        print(f"{name:<16}{vision.image_size} px  {known.config.embed_dim}-d  {size:>8}  {place}")
+    return 0

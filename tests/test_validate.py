@@ -1,0 +1,301 @@
+"""The proof proves something: every planted mistake is found, and at the stage where it is."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import validate
+from conftest import make_reference
+from torch import Tensor, nn
+from transformers import CLIPModel
+
+import miniclip
+from miniclip import hub
+from miniclip.model import TextTransformer
+
+Loaded = tuple[miniclip.CLIP, miniclip.Preprocess]
+
+
+@pytest.fixture
+def loaded(tiny: Path) -> Loaded:
+    return miniclip.load(tiny, "cpu")
+
+
+def first_drift(rows: list[validate.Row]) -> str | None:
+    return next((row.stage for row in rows if not row.ok), None)
+
+
+def test_a_faithful_model_passes(loaded: Loaded, reference: CLIPModel) -> None:
+    rows = validate.compare(loaded[0], reference, loaded[1])
+    assert first_drift(rows) is None
+    stages = [row.stage for row in rows]
+    assert stages[:6] == [
+        "weights finite",
+        "token ids",
+        "pixels (openai)",
+        "pixels (huggingface)",
+        "patch embedding",
+        "image ln_pre",
+    ]
+    assert stages[-2:] == ["logits", "probabilities"]
+    for stage in ("image block 3", "image pooled", "image embedding (plain)", "image embedding (as used)"):
+        assert stage in stages
+    for stage in ("text block 2", "text pooled", "text embedding (plain)", "text embedding (as used)"):
+        assert stage in stages
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_other_dtypes_pass(tiny: Path, dtype: torch.dtype) -> None:
+    model, preprocess = miniclip.load(tiny, "cpu", dtype=dtype)
+    reference = make_reference().to(torch.float64 if dtype == torch.float64 else torch.float32)
+    assert first_drift(validate.compare(model, reference, preprocess)) is None
+
+
+# -- mutations of the model -----------------------------------------------------------------------------------------
+
+
+def swap_q_and_k(tower: str) -> Callable[[miniclip.CLIP], None]:
+    def mutate(model: miniclip.CLIP) -> None:
+        transformer = model.visual.transformer if tower == "image" else model.transformer
+        attn = transformer.resblocks[1].attn
+        for parameter in (attn.in_proj_weight, attn.in_proj_bias):
+            q, k, v = parameter.chunk(3)
+            parameter.copy_(torch.cat([k, q, v]))
+
+    return mutate
+
+
+def swap_k_and_v(model: miniclip.CLIP) -> None:
+    attn = model.visual.transformer.resblocks[0].attn
+    q, k, v = attn.in_proj_weight.chunk(3)
+    attn.in_proj_weight.copy_(torch.cat([q, v, k]))
+
+
+def drop_ln_pre(model: miniclip.CLIP) -> None:
+    model.visual.ln_pre = nn.Identity()
+
+
+def other_gelu(model: miniclip.CLIP) -> None:
+    for block in model.visual.transformer.resblocks:
+        block.mlp.gelu = nn.GELU()
+
+
+def other_gelu_in_text(model: miniclip.CLIP) -> None:
+    model.transformer.resblocks[1].mlp.gelu = nn.GELU()
+
+
+def untransposed_text_projection(model: miniclip.CLIP) -> None:
+    model.text_projection.copy_(model.text_projection.T.clone())  # square in the tiny model, as in ViT-B
+
+
+def forgotten_mask(model: miniclip.CLIP) -> None:
+    model.transformer.resblocks[0].attn.causal = False
+
+
+def wrong_eps(model: miniclip.CLIP) -> None:
+    model.visual.ln_post.eps = 1e-3
+
+
+def class_token_last(model: miniclip.CLIP) -> None:
+    model.visual.positional_embedding.copy_(model.visual.positional_embedding.roll(1, dims=0))
+
+
+def not_a_number(model: miniclip.CLIP) -> None:
+    model.visual.proj[3, 4] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("mutate", "stage"),
+    [
+        (swap_q_and_k("image"), "image block 2"),
+        (swap_q_and_k("text"), "text block 2"),
+        (swap_k_and_v, "image block 1"),
+        (drop_ln_pre, "image ln_pre"),
+        (other_gelu, "image block 1"),
+        (other_gelu_in_text, "text block 2"),
+        (untransposed_text_projection, "text embedding (plain)"),
+        (forgotten_mask, "text block 1"),
+        (wrong_eps, "image pooled"),
+        (class_token_last, "patch embedding"),
+        (not_a_number, "weights finite"),
+        (lambda model: model.logit_scale.add_(1e-4), "logits"),
+        (lambda model: model.ln_final.bias.mul_(-1), "text pooled"),
+        (lambda model: model.visual.proj.copy_(model.visual.proj.flip(0)), "image embedding (plain)"),
+    ],
+)
+def test_a_mutated_model_fails_where_it_is_wrong(
+    loaded: Loaded, reference: CLIPModel, mutate: Callable[[miniclip.CLIP], None], stage: str
+) -> None:
+    model, preprocess = loaded
+    with torch.no_grad():
+        mutate(model)
+    assert first_drift(validate.compare(model, reference, preprocess)) == stage
+
+
+def test_the_last_end_token_instead_of_the_first_fails(
+    loaded: Loaded, reference: CLIPModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def last(self: TextTransformer, tokens: Tensor) -> Tensor:
+        return tokens.shape[1] - 1 - (tokens == self.end_of_text).flip(1).int().argmax(dim=1)
+
+    monkeypatch.setattr(TextTransformer, "end_positions", last)
+    assert first_drift(validate.compare(loaded[0], reference, loaded[1])) == "text pooled"
+
+
+def test_cutting_a_text_too_short_fails_on_the_path_users_get(
+    loaded: Loaded, reference: CLIPModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plain path is right and the shortcut around it wrong: the row of the shortcut says so."""
+    check = miniclip.CLIP._check_tokens
+    monkeypatch.setattr(miniclip.CLIP, "_check_tokens", lambda self, tokens: [n - 1 for n in check(self, tokens)])
+    assert first_drift(validate.compare(loaded[0], reference, loaded[1])) == "text embedding (as used)"
+
+
+def test_a_floored_crop_fails(loaded: Loaded, reference: CLIPModel) -> None:
+    class Floored(miniclip.Preprocess):
+        def _resize_and_crop(self, image):  # type: ignore[no-untyped-def]
+            return super(Floored, replace(self, convention="huggingface"))._resize_and_crop(image)
+
+    assert first_drift(validate.compare(loaded[0], reference, Floored(32))) == "pixels (openai)"
+
+
+def test_other_pixels_and_tokens_fail(loaded: Loaded, reference: CLIPModel) -> None:
+    model, preprocess = loaded
+    class Brighter(miniclip.Preprocess):
+        def __call__(self, images):  # type: ignore[no-untyped-def]
+            return super().__call__(images) + 1e-6
+
+    assert first_drift(validate.compare(model, reference, Brighter(32))) == "pixels (openai)"
+
+    def shifted(*args, **kwargs):  # type: ignore[no-untyped-def]
+        tokens = miniclip.tokenize(*args, **kwargs)
+        tokens[0, 1] += 1
+        return tokens
+
+    assert first_drift(validate.compare(model, reference, preprocess, tokenize=shifted)) == "token ids"
+
+
+def test_a_wrong_shape_is_a_drift_not_a_crash() -> None:
+    row = validate.measure("stage", torch.zeros(2, 3), torch.zeros(3, 2), "hidden", validate.Limits(hidden=1.0))
+    assert not row.ok
+
+
+# -- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_main_prints_the_table_and_exits_0(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert validate.main(["--model", str(tiny), "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    for heading in ("stage", "max abs Δ", "relative", "cosine", "limit", "ok"):
+        assert heading in out
+    assert "patch embedding" in out
+    assert "DRIFTS" not in out
+    assert "within their limits" in out
+
+
+def test_main_names_the_first_drift_and_exits_1(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(miniclip.layers.QuickGELU, "forward", lambda self, x: nn.functional.gelu(x))
+    assert validate.main(["--model", str(tiny), "--device", "cpu"]) == 1
+    captured = capsys.readouterr()
+    assert "DRIFTS" in captured.out
+    assert "first drifts at 'image block 1'" in captured.err
+
+
+def test_main_as_json(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert validate.main(["--model", str(tiny), "--device", "cpu", "--dtype", "float64", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["versions"]["torch"] == torch.__version__
+    (report,) = result["reports"]
+    assert report["dtype"] == "float64"
+    assert all(row["ok"] for row in report["rows"])
+
+
+def test_main_refuses_what_transformers_cannot_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert validate.main(["--model", str(tmp_path)]) == 1
+    assert "config.json" in capsys.readouterr().err
+    assert validate.main(["--model", "nowhere"]) == 1
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_a_known_model_without_weights_gets_a_seeded_checkpoint(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    small = hub.KnownModel(miniclip.load(tiny, "cpu")[0].config, hub.KNOWN["ViT-B/16"].sources)
+    monkeypatch.setitem(hub.KNOWN, "ViT-B/16", small)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with validate.weights_for("openai/clip-vit-base-patch16", download=False) as pair:
+        assert "seeded" in pair.description
+        assert "not in the cache" in pair.description
+        model, preprocess, reference = pair.load("cpu", torch.float32)
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                assert not torch.any(parameter == 0), name
+                assert not torch.any(parameter == 1), name
+        assert first_drift(validate.compare(model, reference, preprocess)) is None
+    assert not Path(pair.ours).exists()
+
+
+def test_a_known_model_in_the_cache_is_validated_on_its_weights(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two copies under the names the Hub's cache would give them; each side reads its own."""
+    ours = hub.Source("somebody/clip", "1" * 40, "model.safetensors")
+    theirs = validate.REFERENCES["ViT-B/32"]
+    for source in (ours, theirs):
+        snapshot = tmp_path / f"models--{source.repo.replace('/', '--')}" / "snapshots" / source.revision
+        snapshot.mkdir(parents=True)
+        for name in ("config.json", "model.safetensors"):
+            (snapshot / name).write_bytes((tiny / name).read_bytes())
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    known = hub.KnownModel(miniclip.load(tiny, "cpu")[0].config, (ours,))
+    monkeypatch.setitem(hub.KNOWN, "ViT-B/32", known)
+    with validate.weights_for("ViT-B/32", download=False) as pair:
+        assert pair.real
+        assert theirs.repo in pair.description
+        model, preprocess, reference = pair.load("cpu", torch.float32)
+        assert str(tmp_path) in str(reference.config._name_or_path) or reference.config._name_or_path == theirs.repo
+        assert first_drift(validate.compare(model, reference, preprocess)) is None
+
+
+def test_published_numbers_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real ViT-B/32 is not here; what the check asks of a model is."""
+    seen = {}
+
+    class Recorded:
+        device = torch.device("cpu")
+
+        def __call__(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+            seen.update(pixels=pixels, tokens=tokens)
+            logits = torch.tensor([[22.7866, 22.8397], [23.2389, 22.8406]])
+            return logits.T, logits + seen.get("off", 0)
+
+    assert validate.published(Recorded()).ok  # type: ignore[arg-type]
+    assert seen["pixels"].shape == (2, 3, 224, 224)
+    assert seen["pixels"][0].unique() == 0.25
+    assert seen["tokens"].tolist()[1] == [49406, 320, 1125, 539, 320, 1929, 49407]
+    seen["off"] = 2e-4
+    assert not validate.published(Recorded()).ok  # type: ignore[arg-type]
+
+
+def test_the_script_runs_from_the_shell(tiny: Path) -> None:
+    script = Path(validate.__file__)
+    done = subprocess.run(
+        [sys.executable, str(script), "--model", str(tiny), "--device", "cpu"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_on_cuda(tiny: Path, dtype: str) -> None:
+    assert validate.main(["--model", str(tiny), "--device", "cuda", "--dtype", dtype]) == 0

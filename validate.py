@@ -1,0 +1,512 @@
+"""The proof: miniclip beside transformers.CLIPModel, stage by stage, on real photos and texts.
+
+    python validate.py                      ViT-B/32 and ViT-B/16, no network needed
+    python validate.py --download           the same on OpenAI's weights, fetched where they are not in the cache
+    python validate.py --model FOLDER       any Hugging Face folder
+
+Without OpenAI's weights the models are validated on seeded checkpoints of exactly their architecture, written by
+transformers and read by ``miniclip.load``. Exits 1 and names the first stage that drifts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+# transformers would otherwise fetch a second copy of every pickle it loads, in a thread of its own
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+import miniclip
+from miniclip import hub
+from miniclip.checkpoint import non_finite
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+# Words of several scripts and lengths, an end token typed in the middle of a text, and one text cut to the context.
+# None of the strings on which OpenAI's and Hugging Face's cleaning differ: those are pinned in tests/data.
+TEXTS = (
+    "a photo of an astronaut.",
+    "a photo of a cat.",
+    "a cup of coffee on a wooden table",
+    "A ROCKET ON ITS LAUNCH PAD AT NIGHT!",
+    "",
+    "um café à São Paulo, größer als 2 & 3",
+    "一只猫 и кошка 🐱👩‍🚀",
+    "first half <|endoftext|> second half",
+    "a very long caption " * 40,
+)
+
+
+# -- what is measured, and how far it may be off --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How far each kind of stage may be off.
+
+    ``hidden`` bounds max|Δ| / max|reference|, ``embedding`` max|Δ| of unit vectors, ``logits`` and ``probabilities``
+    max|Δ|. In half precision ``cosine``, the least cosine of every vector, stands for the first two.
+    """
+
+    hidden: float = 0.0
+    embedding: float = 0.0
+    logits: float = 0.0
+    probabilities: float = 0.0
+    cosine: float | None = None
+
+
+def limits_for(device: str, dtype: torch.dtype) -> Limits:
+    """The limits of a device type and dtype. The reference is transformers in float32, or float64 for float64."""
+    if dtype == torch.float16:
+        return Limits(cosine=0.99999, logits=0.2, probabilities=0.05)
+    if dtype == torch.bfloat16:
+        return Limits(cosine=0.9995, logits=2.0, probabilities=0.3)
+    if dtype == torch.float64:
+        return Limits(hidden=1e-12, embedding=1e-12, logits=1e-10, probabilities=1e-10)
+    if device == "cpu":
+        return Limits(hidden=5e-6, embedding=1e-6, logits=2e-4, probabilities=1e-4)
+    return Limits(hidden=5e-5, embedding=1e-5, logits=2e-3, probabilities=1e-3)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One stage: differences over all elements, the least cosine over its vectors, and the verdict."""
+
+    stage: str
+    max_abs: float
+    relative: float
+    cosine: float
+    limit: str
+    ok: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """One model on one device in one dtype."""
+
+    model: str
+    weights: str
+    device: str
+    dtype: str
+    rows: tuple[Row, ...]
+
+    @property
+    def first_drift(self) -> Row | None:
+        """The first stage beyond its limit."""
+        return next((row for row in self.rows if not row.ok), None)
+
+
+def measure(stage: str, ours: Tensor, reference: Tensor, kind: str, limits: Limits) -> Row:
+    """Compare two tensors of one stage. ``kind`` is "exact" or the name of one of the limits."""
+    if ours.shape != reference.shape:
+        return Row(stage, float("nan"), float("nan"), float("nan"), f"shape {tuple(reference.shape)}", ok=False)
+    a, b = ours.detach().cpu().double(), reference.detach().cpu().double()
+    max_abs = (a - b).abs().max().item()
+    relative = max_abs / max(b.abs().max().item(), 1e-300)
+    cosine = F.cosine_similarity(a.flatten(1), b.flatten(1), dim=1).min().item()
+    if kind == "exact":
+        limit, ok = "exact", max_abs == 0
+    elif limits.cosine is not None and kind in ("hidden", "embedding"):
+        limit, ok = f"cosine ≥ {limits.cosine}", cosine >= limits.cosine
+    else:
+        bound = getattr(limits, kind)
+        value, sign = (relative, "rel") if kind == "hidden" else (max_abs, "abs")
+        limit, ok = f"{sign} ≤ {bound:g}", value <= bound
+    return Row(stage, max_abs, relative, cosine, limit, ok)
+
+
+# -- the comparison -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def compare(
+    model: miniclip.CLIP,
+    reference: CLIPModel,
+    preprocess: miniclip.Preprocess,
+    *,
+    photos: Sequence[Image.Image] | None = None,
+    texts: Sequence[str] = TEXTS,
+    tokenize: Callable[..., Tensor] = miniclip.tokenize,
+    limits: Limits | None = None,
+) -> list[Row]:
+    """Follow photos and texts through both models, stage by stage.
+
+    Args:
+        model, preprocess: miniclip's, as loaded.
+        reference: transformers' model on the same device, in float32 (float64 for a float64 model), with sdpa.
+        photos: PIL images; four of scikit-image's unless given.
+        texts: strings on which OpenAI's and Hugging Face's cleaning agree.
+        tokenize: what turns texts into ids.
+        limits: those of the model's device and dtype unless given.
+
+    Returns:
+        One row per stage, in the order the data takes.
+    """
+    limits = limits or limits_for(model.device.type, model.dtype)
+    photos = list(photos) if photos is not None else sample_photos()
+    rows = [_weights(model)]
+
+    ids, padded = _token_ids(texts, model.context_length)
+    rows.append(measure("token ids", tokenize(list(texts), model.context_length, truncate=True), ids, "exact", limits))
+
+    by_huggingface = _huggingface_pixels(photos, preprocess)
+    for convention, pixels in (("openai", _openai_pixels(photos, preprocess)), ("huggingface", by_huggingface)):
+        ours = replace(preprocess, convention=convention)(photos)
+        rows.append(measure(f"pixels ({convention})", ours, pixels, "exact", limits))
+
+    pixels, tokens = by_huggingface.to(model.device), padded.to(model.device)
+    rows += _image_stages(model, reference, pixels, limits)
+    rows += _text_stages(model, reference, tokens, limits)
+    rows += _joint_stages(model, reference, pixels, tokens, limits)
+    return rows
+
+
+def _weights(model: miniclip.CLIP) -> Row:
+    bad = [f"{name} has {count}" for name, count in non_finite(model)]
+    return Row("weights finite", 0.0, 0.0, 1.0, "; ".join(bad) or "all", ok=not bad)
+
+
+def _image_stages(model: miniclip.CLIP, reference: CLIPModel, pixels: Tensor, limits: Limits) -> Iterator[Row]:
+    visual, theirs = model.visual, reference.vision_model
+    embedded = visual.embed(pixels.to(model.dtype))
+    yield measure("patch embedding", embedded, theirs.embeddings(pixels.to(reference.dtype)), "hidden", limits)
+    outputs = theirs(pixels.to(reference.dtype), output_hidden_states=True)
+    states = visual.hidden_states(pixels)
+    yield from _blocks("image", "ln_pre", states, outputs.hidden_states, limits)
+    yield measure("image pooled", visual.ln_post(states[-1][:, 0]), outputs.pooler_output, "hidden", limits)
+    expected = F.normalize(reference.visual_projection(outputs.pooler_output), dim=1)
+    for path, features in (("plain", visual(pixels.to(model.dtype))), ("as used", model.encode_image(pixels))):
+        yield measure(f"image embedding ({path})", F.normalize(features, dim=1), expected, "embedding", limits)
+
+
+def _text_stages(model: miniclip.CLIP, reference: CLIPModel, tokens: Tensor, limits: Limits) -> Iterator[Row]:
+    text = model.text
+    outputs = reference.text_model(tokens, output_hidden_states=True)
+    states = model.hidden_states(tokens)
+    yield from _blocks("text", "token embedding", states, outputs.hidden_states, limits)
+    ends = states[-1][torch.arange(len(tokens)), text.end_positions(tokens)]
+    yield measure("text pooled", model.ln_final(ends), outputs.pooler_output, "hidden", limits)
+    expected = F.normalize(reference.text_projection(outputs.pooler_output), dim=1)
+    for path, features in (("plain", text(tokens)), ("as used", model.encode_text(tokens))):
+        yield measure(f"text embedding ({path})", F.normalize(features, dim=1), expected, "embedding", limits)
+
+
+def _joint_stages(
+    model: miniclip.CLIP, reference: CLIPModel, pixels: Tensor, tokens: Tensor, limits: Limits
+) -> Iterator[Row]:
+    expected = reference(pixel_values=pixels.to(reference.dtype), input_ids=tokens).logits_per_image
+    logits, _ = model(pixels, tokens)
+    yield measure("logits", logits, expected, "logits", limits)
+    yield measure("probabilities", logits.to(reference.dtype).softmax(1), expected.softmax(1), "probabilities", limits)
+
+
+def _blocks(
+    tower: str, first: str, states: Sequence[Tensor], expected: Sequence[Tensor], limits: Limits
+) -> Iterator[Row]:
+    for i, (ours, theirs) in enumerate(zip(states, expected, strict=True)):
+        yield measure(f"{tower} block {i}" if i else f"{tower} {first}", ours, theirs, "hidden", limits)
+
+
+# -- independent references for the inputs --------------------------------------------------------------------------
+
+
+def reference_tokenizer() -> CLIPTokenizer:
+    """Hugging Face's tokenizer (Rust) over the merges in the package: its algorithm, none of miniclip's code."""
+    table = gzip.decompress((files("miniclip") / "data" / "merges.txt.gz").read_bytes()).decode()
+    merges = [tuple(line.split(" ")) for line in table.splitlines()]
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    symbols = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), *("".join(pair) for pair in merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
+
+
+def _token_ids(texts: Sequence[str], context_length: int) -> tuple[Tensor, Tensor]:
+    """Hugging Face's ids, (N, L), padded with zeros as OpenAI does, and with the end token as Hugging Face does."""
+    encoded = reference_tokenizer()(
+        list(texts), padding="max_length", truncation=True, max_length=context_length, return_tensors="pt"
+    )
+    return encoded.input_ids * encoded.attention_mask, encoded.input_ids
+
+
+def _huggingface_pixels(photos: Sequence[Image.Image], preprocess: miniclip.Preprocess) -> Tensor:
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": preprocess.shortest_edge or preprocess.size},
+        crop_size={"height": preprocess.size, "width": preprocess.size},
+        image_mean=list(preprocess.mean),
+        image_std=list(preprocess.std),
+        resample=preprocess.resample,
+    )
+    pixels: Tensor = processor(list(photos), return_tensors="pt")["pixel_values"]
+    return pixels
+
+
+def _openai_pixels(photos: Sequence[Image.Image], preprocess: miniclip.Preprocess) -> Tensor:
+    """openai/CLIP's steps once more, with Pillow and torch: torchvision is no dependency, its outputs are in tests/data."""
+    short, size = preprocess.shortest_edge or preprocess.size, preprocess.size
+    batch = []
+    for photo in photos:
+        scale = min(photo.size)
+        width, height = (short if side == scale else int(short * side / scale) for side in photo.size)
+        # "centre" in torchvision is Python's round, which takes halves to the even side
+        left, top = round((width - size) / 2), round((height - size) / 2)
+        crop = photo.resize((width, height), preprocess.resample).crop((left, top, left + size, top + size))
+        pixels = torch.from_numpy(np.array(crop.convert("RGB"))).permute(2, 0, 1).float().div(255)
+        batch.append((pixels - torch.tensor(preprocess.mean)[:, None, None]) / torch.tensor(preprocess.std)[:, None, None])
+    return torch.stack(batch)
+
+
+def sample_photos() -> list[Image.Image]:
+    """Four photographs that scikit-image ships, of sizes that exercise both roundings of the crop."""
+    from skimage import data
+
+    return [Image.fromarray(photo()) for photo in (data.astronaut, data.chelsea, data.coffee, data.rocket)]
+
+
+# -- which weights --------------------------------------------------------------------------------------------------
+
+# transformers' own copies of OpenAI's weights: repository, revision, file.
+REFERENCES = {
+    "ViT-B/32": hub.Source(
+        "openai/clip-vit-base-patch32", "b33cedfd0df4e43b8238760678fcc89e1a0d38b3", "model.safetensors"
+    ),
+    "ViT-B/16": hub.Source("openai/clip-vit-base-patch16", "main", "pytorch_model.bin"),
+    "ViT-L/14": hub.Source(
+        "openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41", "model.safetensors"
+    ),
+    "ViT-L/14@336px": hub.Source("openai/clip-vit-large-patch14-336", "main", "pytorch_model.bin"),
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Where each side reads its weights: miniclip a name or path, transformers ``from_pretrained``'s arguments."""
+
+    description: str
+    ours: str
+    theirs: str
+    revision: str | None = None
+    real: bool = False
+
+    def load(self, device: str, dtype: torch.dtype) -> tuple[miniclip.CLIP, miniclip.Preprocess, CLIPModel]:
+        model, preprocess = miniclip.load(self.ours, device, dtype=dtype)
+        with _quiet():
+            reference = CLIPModel.from_pretrained(
+                self.theirs,
+                revision=self.revision or "main",
+                dtype=torch.float64 if dtype == torch.float64 else torch.float32,
+                attn_implementation="sdpa",
+                local_files_only=True,
+            )
+        return model, preprocess, reference.eval().to(model.device)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars and notes from transformers, and those of a download left as they were."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.enable_progress_bar()
+
+
+@contextmanager
+def weights_for(name: str, download: bool) -> Iterator[Pair]:
+    """The weights to validate a model on: OpenAI's if both sides have them, else seeded ones in a temporary folder."""
+    name = hub.ALIASES.get(name, name)
+    if name not in hub.KNOWN:
+        path = Path(name).expanduser()
+        if not path.exists():
+            path = hub.fetch_repository(*name.split("@", 1)) if "/" in name else path
+        if not (path / "config.json").is_file():
+            raise miniclip.ConfigError(f"{name}: transformers can only read a Hugging Face folder with a config.json")
+        yield Pair(f"the weights in {name}", str(path), str(path))
+        return
+    source = REFERENCES[name]
+    if download:
+        _download(name, source)
+    if hub.cached_model(name) and _is_cached(source):
+        both = f"{source.repo}'s {source.filename}"
+        yield Pair(f"OpenAI's weights, transformers reading {both}", name, source.repo, source.revision, real=True)
+        return
+    missing = "are not in the cache" if not hub.cached_model(name) else f"are cached, transformers' ({source.repo}) are not"
+    with tempfile.TemporaryDirectory(prefix="miniclip-validate-") as folder:
+        seeded_checkpoint(hub.KNOWN[name].config, Path(folder))
+        description = f"a seeded checkpoint of {name}'s architecture (OpenAI's weights {missing}; --download fetches them)"
+        yield Pair(description, folder, folder)
+
+
+def seeded_checkpoint(config: miniclip.CLIPConfig, folder: Path, seed: int = 0) -> None:
+    """Write a Hugging Face checkpoint of an architecture, random but with no bias at zero and no gain at one."""
+    vision, text = config.vision, config.text
+    hf_config = CLIPConfig(
+        projection_dim=config.embed_dim,
+        vision_config={
+            **_hf_blocks(vision),
+            "projection_dim": config.embed_dim,
+            "patch_size": vision.patch_size,
+            "image_size": vision.image_size,
+        },
+        text_config={
+            **_hf_blocks(text),
+            "projection_dim": config.embed_dim,
+            "max_position_embeddings": text.context_length,
+            "vocab_size": text.vocab_size,
+        },
+    )
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    model = CLIPModel(hf_config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name == "logit_scale":
+                parameter.fill_(4.6052)  # ln 100, where OpenAI's training clamps it
+            elif parameter.ndim < 2:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    with _quiet():
+        model.save_pretrained(folder)
+    torch.random.set_rng_state(state)
+
+
+def _hf_blocks(config: miniclip.config.TransformerConfig) -> dict[str, Any]:
+    return {
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "intermediate_size": config.mlp_width,
+        "hidden_act": config.activation,
+        "layer_norm_eps": config.layer_norm_eps,
+    }
+
+
+def _is_cached(source: hub.Source) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return all(
+        isinstance(try_to_load_from_cache(source.repo, name, revision=source.revision), str)
+        for name in (source.filename, "config.json")
+    )
+
+
+def _download(name: str, source: hub.Source) -> None:
+    """Fetch both sides' weights, saying how much first. Transformers' go first: for B/32 they serve miniclip as well."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+    wanted = [source]
+    if not hub.cached_model(name) and hub.KNOWN[name].sources[0].sha256 is None:
+        wanted.append(hub.KNOWN[name].sources[0])
+    for item in wanted:
+        if not _is_cached(item):
+            size = get_hf_file_metadata(hf_hub_url(item.repo, item.filename, revision=item.revision)).size or 0
+            print(f"downloading {item.filename} of {item.repo}: {size / 1e6:,.0f} MB", file=sys.stderr)
+    for filename in ("config.json", source.filename):
+        hf_hub_download(source.repo, filename, revision=source.revision)
+    hub.fetch_known(name)
+
+
+# -- numbers others have published ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def published(model: miniclip.CLIP) -> Row:
+    """ViT-B/32's logits for two constant images and two typed-in texts, as Bumblebee's CLIP test has them."""
+    pixels = torch.tensor([0.25, 0.75])[:, None, None, None].expand(2, 3, 224, 224)
+    tokens = torch.tensor([[49406, 320, 1125, 539, 320, word, 49407] for word in (2368, 1929)])
+    expected = torch.tensor([[22.7866, 22.8397], [23.2389, 22.8406]])
+    _, logits_per_text = model(pixels.to(model.device), tokens.to(model.device))
+    return measure("published logits", logits_per_text, expected, "logits", Limits(logits=1e-4))
+
+
+# -- the command line -----------------------------------------------------------------------------------------------
+
+
+def validate(pair: Pair, name: str, device: str, dtype: torch.dtype) -> Report:
+    """Run the comparison of one model on one device in one dtype."""
+    model, preprocess, reference = pair.load(device, dtype)
+    rows = compare(model, reference, preprocess)
+    if pair.real and name == "ViT-B/32" and device == "cpu" and dtype == torch.float32:
+        rows.append(published(model))
+    return Report(name, pair.description, device, str(dtype).removeprefix("torch."), tuple(rows))
+
+
+def print_report(report: Report) -> None:
+    print(f"{report.model} on {report.device} in {report.dtype}: {report.weights}\n")
+    line = "{:<26} {:>10} {:>10} {:>12}  {:<18} {}"
+    print(line.format("stage", "max abs Δ", "relative", "cosine", "limit", "ok"))
+    for row in report.rows:
+        verdict = "ok" if row.ok else "DRIFTS"
+        numbers = f"{row.max_abs:.1e}", f"{row.relative:.1e}", f"{row.cosine:.9f}"
+        print(line.format(row.stage, *numbers, row.limit, verdict))
+    print()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Validate miniclip against transformers, stage by stage.")
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        default=["ViT-B/32", "ViT-B/16"],
+        metavar="NAME_OR_PATH",
+        help="known names, Hugging Face folders or Hub repositories (default: ViT-B/32 ViT-B/16)",
+    )
+    parser.add_argument("--device", help="cpu or cuda (default: the CPU, and CUDA where there is one)")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: float32, and on CUDA float16 as well")
+    parser.add_argument("--download", action="store_true", help="fetch OpenAI's weights where they are not in the cache")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    options = parser.parse_args(arguments)
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    devices = [options.device] if options.device else ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    reports = []
+    try:
+        for name in options.model:
+            with weights_for(name, options.download) as pair:
+                for device in devices:
+                    usual = ["float32", "float16"] if device.startswith("cuda") else ["float32"]
+                    for dtype in [options.dtype] if options.dtype else usual:
+                        reports.append(validate(pair, name, device, DTYPES[dtype]))
+                        if not options.json:
+                            print_report(reports[-1])
+    except miniclip.MiniclipError as error:
+        print(f"validate.py: {error}", file=sys.stderr)
+        return 1
+    if options.json:
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+        print(json.dumps({"versions": versions, "reports": [asdict(report) for report in reports]}, indent=2))
+    drifting = [(report, row) for report in reports if (row := report.first_drift)]
+    for report, row in drifting:
+        print(
+            f"validate.py: {report.model} on {report.device} in {report.dtype} first drifts at {row.stage!r}: "
+            f"max abs {row.max_abs:.1e}, relative {row.relative:.1e}, cosine {row.cosine:.6f}, limit {row.limit}",
+            file=sys.stderr,
+        )
+    if not drifting and not options.json:
+        stages = sum(len(report.rows) for report in reports)
+        print(f"{stages} stages of {len(reports)} validations within their limits.")
+    return 1 if drifting else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
