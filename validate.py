@@ -233,7 +233,7 @@ def _blocks(
 def reference_tokenizer() -> CLIPTokenizer:
     """Hugging Face's tokenizer (Rust) over the merges in the package: its algorithm, none of miniclip's code."""
     table = gzip.decompress((files("miniclip") / "data" / "merges.txt.gz").read_bytes()).decode()
-    merges = [tuple(line.split(" ")) for line in table.splitlines()]
+    merges: list[Any] = [tuple(line.split(" ")) for line in table.splitlines()]
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     symbols = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
     tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), *("".join(pair) for pair in merges)]
@@ -262,7 +262,7 @@ def _huggingface_pixels(photos: Sequence[Image.Image], preprocess: miniclip.Prep
 
 
 def _openai_pixels(photos: Sequence[Image.Image], preprocess: miniclip.Preprocess) -> Tensor:
-    """openai/CLIP's steps once more, with Pillow and torch: torchvision is no dependency, its outputs are in tests/data."""
+    """openai/CLIP's steps with Pillow and torch. torchvision's own outputs are pinned in tests/data."""
     short, size = preprocess.shortest_edge or preprocess.size, preprocess.size
     batch = []
     for photo in photos:
@@ -272,15 +272,18 @@ def _openai_pixels(photos: Sequence[Image.Image], preprocess: miniclip.Preproces
         left, top = round((width - size) / 2), round((height - size) / 2)
         crop = photo.resize((width, height), preprocess.resample).crop((left, top, left + size, top + size))
         pixels = torch.from_numpy(np.array(crop.convert("RGB"))).permute(2, 0, 1).float().div(255)
-        batch.append((pixels - torch.tensor(preprocess.mean)[:, None, None]) / torch.tensor(preprocess.std)[:, None, None])
-    return torch.stack(batch)
+        batch.append(pixels)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (preprocess.mean, preprocess.std))
+    return (torch.stack(batch) - mean) / std
 
 
 def sample_photos() -> list[Image.Image]:
     """Four photographs that scikit-image ships, of sizes that exercise both roundings of the crop."""
-    from skimage import data
+    import skimage
 
-    return [Image.fromarray(photo()) for photo in (data.astronaut, data.chelsea, data.coffee, data.rocket)]
+    folder = Path(skimage.__file__).parent / "data"
+    names = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
+    return [Image.open(folder / name).convert("RGB") for name in names]
 
 
 # -- which weights --------------------------------------------------------------------------------------------------
@@ -351,11 +354,11 @@ def weights_for(name: str, download: bool) -> Iterator[Pair]:
         both = f"{source.repo}'s {source.filename}"
         yield Pair(f"OpenAI's weights, transformers reading {both}", name, source.repo, source.revision, real=True)
         return
-    missing = "are not in the cache" if not hub.cached_model(name) else f"are cached, transformers' ({source.repo}) are not"
+    whose = f"transformers' copy of OpenAI's weights ({source.repo})" if hub.cached_model(name) else "OpenAI's weights"
     with tempfile.TemporaryDirectory(prefix="miniclip-validate-") as folder:
         seeded_checkpoint(hub.KNOWN[name].config, Path(folder))
-        description = f"a seeded checkpoint of {name}'s architecture (OpenAI's weights {missing}; --download fetches them)"
-        yield Pair(description, folder, folder)
+        reason = f"{whose} not in the cache; --download fetches them"
+        yield Pair(f"a seeded checkpoint of {name}'s architecture ({reason})", folder, folder)
 
 
 def seeded_checkpoint(config: miniclip.CLIPConfig, folder: Path, seed: int = 0) -> None:
@@ -411,7 +414,7 @@ def _is_cached(source: hub.Source) -> bool:
 
 
 def _download(name: str, source: hub.Source) -> None:
-    """Fetch both sides' weights, saying how much first. Transformers' go first: for B/32 they serve miniclip as well."""
+    """Fetch both sides' weights, saying how much. Transformers' go first: those of B/32 serve miniclip as well."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     wanted = [source]
@@ -473,7 +476,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--device", help="cpu or cuda (default: the CPU, and CUDA where there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32, and on CUDA float16 as well")
-    parser.add_argument("--download", action="store_true", help="fetch OpenAI's weights where they are not in the cache")
+    parser.add_argument("--download", action="store_true", help="fetch OpenAI's weights if they are not in the cache")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     options = parser.parse_args(arguments)
 
@@ -493,7 +496,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"validate.py: {error}", file=sys.stderr)
         return 1
     if options.json:
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        versions["transformers"] = transformers.__version__
         print(json.dumps({"versions": versions, "reports": [asdict(report) for report in reports]}, indent=2))
     drifting = [(report, row) for report in reports if (row := report.first_drift)]
     for report, row in drifting:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import shutil
 import sys
@@ -23,6 +24,8 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns its exit status: 0, 1 if something failed, 2 for a wrong command line."""
     options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a file name need not be valid text
     try:
         status: int = options.run(options)
         sys.stdout.flush()
@@ -73,7 +76,7 @@ def _classify(options: argparse.Namespace) -> int:
     dtype = _DTYPES[options.dtype] if options.dtype else None
     model, preprocess = load(options.model, options.device, dtype=dtype)
     classifier = ZeroShotClassifier(model, preprocess, options.labels, options.template)
-    results = []
+    results: list[dict[str, object]] = []
     failed = 0
     for path, answer in _answers(classifier, options.images):
         if isinstance(answer, ImageError):

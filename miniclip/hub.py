@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,7 +118,7 @@ ALIASES = {
     "timm/vit_large_patch14_clip_336.openai": "ViT-L/14@336px",
 }
 
-_SETTINGS = ("config.json", "open_clip_config.json", "preprocessor_config.json")
+_SETTINGS = ("config.json", "open_clip_config.json", "preprocessor_config.json", "processor_config.json")
 
 
 def available_models() -> list[str]:
@@ -127,57 +127,50 @@ def available_models() -> list[str]:
 
 
 def cached_model(name: str, cache_dir: str | Path | None = None) -> Path | None:
-    """The weights of a known model where they already are in the Hub's cache, without asking the network."""
-    for source in KNOWN[name].sources:
-        if path := _cached(source.repo, source.revision, source.filename, cache_dir):
-            return path
-    return None
+    """The weights of a known model where they already are, undamaged, in the Hub's cache; asks no network."""
+    return next((path for source in KNOWN[name].sources if (path := _cached(source, cache_dir))), None)
 
 
 def fetch_known(name: str, cache_dir: str | Path | None = None) -> Path:
-    """The weights of a known model, from the cache or the first of its sources that still has them.
+    """The weights of a known model, from the cache or the first of its sources that gives them.
 
     Raises:
         DownloadError: if no source has them, the network is away, or what arrives has the wrong checksum.
     """
-    sources = KNOWN[name].sources
-    for source in sources:
-        if path := _cached(source.repo, source.revision, source.filename, cache_dir):
-            if _is_verified(path, source.sha256):
-                return path
-            _discard(path)
-    gone = []
-    for source in sources:
+    if path := cached_model(name, cache_dir):
+        return path
+    refused = []
+    for source in KNOWN[name].sources:
         try:
             return _download(source, cache_dir, what=name)
-        except _Gone as error:
-            gone.append(f"{source.repo} ({error})")
-    raise DownloadError(f"none of the sources of {name} has it any more: {', '.join(gone)}; pass the path of a copy")
+        except _Refused as error:
+            refused.append(f"{source.repo} ({error})")
+    raise DownloadError(
+        f"none of the sources of {name} gave it: {', '.join(refused)}; try again later, or pass the path of a copy"
+    )
 
 
 def fetch_repository(repo: str, revision: str = "main", cache_dir: str | Path | None = None) -> Path:
-    """The folder with the weights and settings of a Hub repository, from the Hub or, without network, its cache.
+    """The folder with the weights and settings of a Hub repository, from the Hub or, where it fails, its cache.
 
     Raises:
         UnknownModelError: if there is no such repository or revision.
         CheckpointError: if it holds no safetensors.
-        DownloadError: if it is not in the cache and the network is away.
+        DownloadError: if it is not in the cache and cannot be downloaded, or arrives with the wrong checksum.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HFValidationError
 
     try:
-        _raise_if_offline()
         info = HfApi().model_info(repo, revision=revision, timeout=_TIMEOUT_SECONDS)
-    except _network_errors() as error:
-        if (cached := _cached_repository(repo, revision, cache_dir)) is not None:
+    except HFValidationError as error:  # no repository can have such a name
+        raise _unknown(repo, revision, error) from None
+    except Exception as error:  # as in _download; and a login page is not the JSON that is expected here
+        if cached := _cached_repository(repo, revision, cache_dir):
             return cached
-        raise _unreachable(repo, cache_dir, error) from None
-    except HfHubHTTPError as error:
-        raise UnknownModelError(
-            f"{repo!r} is neither an existing path, nor one of {', '.join(KNOWN)}, nor a repository that can be read "
-            f"on the Hub at revision {revision!r} ({_status(error)})"
-        ) from None
+        if _status(error) in (400, 401, 403, 404, 410):
+            raise _unknown(repo, revision, error) from None
+        raise _not_downloaded(repo, cache_dir, error) from None
     commit = info.sha or revision
     names = {sibling.rfilename for sibling in info.siblings or ()}
     weights = next((name for name in WEIGHTS if name in names), None)
@@ -187,42 +180,44 @@ def fetch_repository(repo: str, revision: str = "main", cache_dir: str | Path | 
                 raise CheckpointError(f"{repo}: has no safetensors; {refusal}")
         raise CheckpointError(f"{repo}: holds no weights; expected one of {', '.join(WEIGHTS)}")
 
-    def get(names: Iterable[str]) -> Path:
-        for name in names:
-            if (path := _cached(repo, commit, name, cache_dir)) is None or not _is_verified(path, None):
-                try:
-                    path = _download(Source(repo, commit, name), cache_dir, what=repo)
-                except _Gone as error:
-                    raise DownloadError(f"{repo}: {name} cannot be had ({error})") from None
-        return path
+    def get(name: str) -> Path:
+        source = Source(repo, commit, name)
+        try:
+            return _cached(source, cache_dir) or _download(source, cache_dir, what=repo)
+        except _Refused as error:
+            raise DownloadError(f"{repo}: {name} cannot be had ({error})") from None
 
-    path = get([*(name for name in _SETTINGS if name in names), weights])
-    if weights.endswith(".index.json"):
-        shards = {str(shard) for shard in read_json(path).get("weight_map", {}).values()}
-        get(sorted(shards & names))  # a shard the repository lacks is reported by the one who reads the index
+    for name in _SETTINGS:
+        if name in names:
+            get(name)
+    path = get(weights)
+    for shard in _shards(path):
+        if shard in names:  # one the repository lacks is reported by the one who reads the index
+            get(shard)
+    _remember(path, revision)
     return path.parent
 
 
-class _Gone(Exception):
-    """A source that answers, but no longer with the file."""
+class _Refused(Exception):
+    """A source that answers, but not with the file."""
 
 
 def _download(source: Source, cache_dir: str | Path | None, what: str) -> Path:
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        _raise_if_offline()
         # Asked first and once, because hf_hub_download retries for half a minute before it reports a dead network.
         url = hf_hub_url(source.repo, source.filename, revision=source.revision)
-        etag = get_hf_file_metadata(url, timeout=_TIMEOUT_SECONDS).etag or ""
+        metadata = get_hf_file_metadata(url, timeout=_TIMEOUT_SECONDS)
+        if metadata.commit_hash is None:
+            raise ConnectionError("what answers there is not a Hub, perhaps the login page of this network")
         path = Path(hf_hub_download(source.repo, source.filename, revision=source.revision, cache_dir=cache_dir))
-    except _network_errors() as error:
-        raise _unreachable(what, cache_dir, error) from None
-    except HfHubHTTPError as error:
-        raise _Gone(_status(error)) from None
-    except OSError as error:  # no space, no permission, or more bytes lost than could be resumed
-        raise DownloadError(f"{source.filename} of {source.repo} could not be downloaded: {error}") from error
+    # The classes depend on the client's version: requests', httpx's and httpx2's errors share no base, xet has its own.
+    except Exception as error:
+        if _status(error) is not None:
+            raise _Refused(_reason(error)) from None
+        raise _not_downloaded(what, cache_dir, error) from None
+    etag = metadata.etag or ""
     expected = source.sha256 or (etag if _is_sha256(etag) else None)
     if expected and not _is_verified(path, expected):
         size = path.stat().st_size
@@ -234,32 +229,67 @@ def _download(source: Source, cache_dir: str | Path | None, what: str) -> Path:
     return path
 
 
-def _cached(repo: str, revision: str, filename: str, cache_dir: str | Path | None) -> Path | None:
+def _cached(source: Source, cache_dir: str | Path | None) -> Path | None:
+    """A file in the cache. A damaged one is removed from it, to be downloaded again."""
     from huggingface_hub import try_to_load_from_cache
 
-    path = try_to_load_from_cache(repo, filename, cache_dir=cache_dir, revision=revision)
-    return Path(path) if isinstance(path, str) else None
+    found = try_to_load_from_cache(source.repo, source.filename, cache_dir=cache_dir, revision=source.revision)
+    if not isinstance(found, str):
+        return None
+    path = Path(found)
+    if not _is_verified(path, source.sha256):
+        warnings.warn(f"{path} no longer has its checksum and is removed from the cache", stacklevel=2)
+        _discard(path)
+        return None
+    return path
 
 
 def _cached_repository(repo: str, revision: str, cache_dir: str | Path | None) -> Path | None:
+    """The folder of a repository in the cache, if all of its weights are there."""
     for name in WEIGHTS:
-        if path := _cached(repo, revision, name, cache_dir):
-            return path.parent
+        if path := _cached(Source(repo, revision, name), cache_dir):
+            shards = [_cached(Source(repo, revision, shard), cache_dir) for shard in _shards(path)]
+            return path.parent if all(shards) else None
     return None
+
+
+def _shards(path: Path) -> list[str]:
+    """The files an index names, if ``path`` is one. What is not a plain file name is left to its reader to refuse."""
+    if not path.name.endswith(".index.json"):
+        return []
+    weight_map = read_json(path).get("weight_map")
+    shards = {str(shard) for shard in weight_map.values()} if isinstance(weight_map, dict) else ()
+    return sorted(shard for shard in shards if re.fullmatch(r"[\w.-]+\.safetensors", shard))
+
+
+def _remember(path: Path, revision: str) -> None:
+    """Note in the cache which commit a branch or tag is, to find its files without network.
+
+    hf_hub_download does so when it is asked for a branch. It was asked for a commit, so that all files are of one; and
+    the note moves to the next when all of its files are there.
+    """
+    commit = path.parent.name
+    ref = path.parents[2] / "refs" / revision  # beside snapshots/<commit>/<file>
+    try:
+        if revision != commit and not (ref.is_file() and ref.read_text() == commit):
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            ref.write_text(commit)
+    except OSError:
+        pass  # a read-only cache
 
 
 def _is_verified(path: Path, sha256: str | None) -> bool:
     """Whether a cached file has its checksum: computed once, then remembered by the file's size and time.
 
-    Without a pinned one it is the one the Hub reported, by which its cache names the blob behind the link.
+    Without a pinned one it is the one the Hub reported, by which its cache names the blob that ``path`` links to.
     """
     from huggingface_hub import constants
 
-    blob = path.resolve()
-    expected = sha256 or (blob.name if _is_sha256(blob.name) else None)
+    etag = path.readlink().name if path.is_symlink() else ""
+    expected = sha256 or (etag if _is_sha256(etag) else None)
     if expected is None:
-        return True  # a small text file, which the Hub knows by its git hash
-    stat = blob.stat()
+        return True  # a small text file, which the Hub knows by its git hash; or a cache without links
+    stat = path.stat()
     mark = Path(constants.HF_HOME) / "miniclip" / "verified" / expected
     identity = f"{stat.st_size} {stat.st_mtime_ns}"
     try:
@@ -267,7 +297,7 @@ def _is_verified(path: Path, sha256: str | None) -> bool:
             return True
     except OSError:
         pass
-    with blob.open("rb") as file:
+    with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != expected:
             return False
     try:
@@ -279,46 +309,44 @@ def _is_verified(path: Path, sha256: str | None) -> bool:
 
 
 def _discard(path: Path) -> None:
-    blob = path.resolve()
+    """Remove a file and the links to it: from a snapshot to its blob, and from there to one that repositories share."""
+    while path.is_symlink():
+        link, path = path, path.parent / path.readlink()
+        link.unlink()
     path.unlink(missing_ok=True)
-    blob.unlink(missing_ok=True)
 
 
 def _is_sha256(text: str) -> bool:
     return re.fullmatch("[0-9a-f]{64}", text) is not None
 
 
-def _raise_if_offline() -> None:
-    from huggingface_hub import constants
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    if constants.HF_HUB_OFFLINE:
-        raise OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
-
-
-def _network_errors() -> tuple[type[Exception], ...]:
-    """What huggingface_hub raises when nobody answers, which depends on the HTTP library of its version."""
-    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    errors: list[type[Exception]] = [OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError, TimeoutError]
-    for library, base in (("httpx2", "TransportError"), ("httpx", "TransportError"), ("requests", "RequestException")):
-        try:
-            errors.append(getattr(__import__(library), base))
-        except (ImportError, AttributeError):
-            continue
-    return tuple(errors)
-
-
-def _unreachable(what: str, cache_dir: str | Path | None, error: Exception) -> DownloadError:
-    from huggingface_hub import constants
-
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return DownloadError(
-        f"{what} is not in the cache ({os.fspath(cache_dir or constants.HF_HUB_CACHE)}) and {constants.ENDPOINT} cannot "
-        f"be reached ({reason}): connect to the network once, or pass the path of a folder with its weights"
+def _unknown(repo: str, revision: str, error: Exception) -> UnknownModelError:
+    return UnknownModelError(
+        f"{repo!r} is neither an existing path, nor one of {', '.join(KNOWN)}, nor a repository that can be read "
+        f"on the Hub at revision {revision!r} ({_reason(error)})"
     )
 
 
-def _status(error: Exception) -> str:
+def _not_downloaded(what: str, cache_dir: str | Path | None, error: Exception) -> DownloadError:
+    from huggingface_hub import constants
+
+    return DownloadError(
+        f"{what} is not in the cache ({os.fspath(cache_dir or constants.HF_HUB_CACHE)}) and could not be downloaded "
+        f"from {constants.ENDPOINT} ({_reason(error)}); try again online, or pass the path of a folder with its weights"
+    )
+
+
+def _status(error: Exception) -> int | None:
+    """The HTTP status of an answer that was no; None if there was no answer."""
     response = getattr(error, "response", None)
-    return f"HTTP {response.status_code}" if response is not None else type(error).__name__
+    return None if response is None else response.status_code
+
+
+def _reason(error: Exception) -> str:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    if (status := _status(error)) is not None:
+        return f"HTTP {status}" + ("; a private or gated one needs a token in HF_TOKEN" if status in (401, 403) else "")
+    return f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import reprlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from miniclip import hub
 from miniclip.checkpoint import Checkpoint, open_checkpoint, read_json
-from miniclip.config import CLIPConfig
+from miniclip.config import Heads
 from miniclip.errors import ConfigError, UnknownModelError
 from miniclip.model import CLIP
 from miniclip.preprocess import Preprocess
@@ -27,7 +29,7 @@ def load(
     dtype: torch.dtype | None = None,
     fast: bool = True,
     activation: str | None = None,
-    heads: int | tuple[int, int] | None = None,
+    heads: Heads | None = None,
 ) -> tuple[CLIP, Preprocess]:
     """Load a CLIP and the preprocessing that goes with it.
 
@@ -41,8 +43,10 @@ def load(
         dtype: what the parameters are held and computed in: float32 (the default on the CPU), float16 (the default
             on CUDA), bfloat16 or float64.
         fast: False runs texts at full length instead of cutting each batch to its longest row.
-        activation: "quick_gelu" or "gelu", for weights without a configuration file; where there is one, this wins.
-        heads: attention heads, one number or (image, text), for weights without a configuration file.
+        activation: "quick_gelu" or "gelu", for weights without a configuration. Where there is one, what is said here
+            wins over it.
+        heads: attention heads, one number or (image, text), for weights without a configuration whose heads are not
+            64 wide. Wins likewise.
 
     Returns:
         The model, in eval mode and frozen, and its ``Preprocess``.
@@ -63,40 +67,45 @@ def load(
 
     known, path = _find(name, download_root)
     checkpoint = open_checkpoint(path)
-    config = known.config if known else checkpoint.clip_config(activation, heads)
-    if known is None and activation is not None:
-        config = _with_activation(config, activation)
+    config = known.config.override(activation, heads) if known else checkpoint.clip_config(activation, heads)
+    size = config.vision.image_size
+    preprocess = Preprocess(size) if known else _preprocess(checkpoint, size)
     with torch.device("meta"):  # no memory and no random initialisation: the file provides every number
         model = CLIP(config)
     checkpoint.fill(model, dtype, torch_device)
     model.fast = fast
-    size = config.vision.image_size
-    preprocess = Preprocess(size) if known else _preprocess(checkpoint, size)
     return model.eval().requires_grad_(False), preprocess
 
 
-def _find(name: str | os.PathLike[str], download_root: str | os.PathLike[str] | None) -> tuple[hub.KnownModel | None, Path]:
+def _find(
+    name: str | os.PathLike[str], download_root: str | os.PathLike[str] | None
+) -> tuple[hub.KnownModel | None, Path]:
     """What a name means: a known model with the path of its weights, or a path alone."""
     text = os.fspath(name)
-    if (path := Path(text).expanduser()).exists():
-        return None, path
+    if os.path.exists(path := os.path.expanduser(text)):  # unlike Path.exists, false for what no file can be called
+        return None, Path(path)
     cache_dir = Path(download_root).expanduser() if download_root is not None else None
     known = hub.ALIASES.get(text, text)
     if known in hub.KNOWN:
         return hub.KNOWN[known], hub.fetch_known(known, cache_dir)
     repo, _, revision = text.partition("@")
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo) and not isinstance(name, os.PathLike) and not _is_file_name(repo):
+    if isinstance(name, str) and _is_repository(repo):
         return None, hub.fetch_repository(repo, revision or "main", cache_dir)
+    names = ", ".join(hub.KNOWN)
     if re.fullmatch(r"RN\d+(x\d+)?", text):
-        raise UnknownModelError(f"{text} is a ResNet; miniclip has OpenAI's Vision Transformers: {', '.join(hub.KNOWN)}")
+        raise UnknownModelError(f"{text} is a ResNet; miniclip has OpenAI's Vision Transformers: {names}")
     raise UnknownModelError(
-        f"{text!r} is neither an existing path, nor a known model ({', '.join(hub.KNOWN)}), nor a Hub repository "
-        "(owner/name)"
+        f"{text!r} is neither an existing path, nor a known model ({names}), nor a Hub repository (owner/name)"
     )
 
 
-def _is_file_name(text: str) -> bool:
-    return text.endswith((".safetensors", ".json", ".bin", ".pt", ".pth"))
+def _is_repository(text: str) -> bool:
+    """Whether it reads as owner/name, and not as the path of a missing file or one of OpenAI's names mistyped."""
+    return (
+        re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text) is not None
+        and re.fullmatch(r"ViT-\w+/\d+\w*", text, re.IGNORECASE) is None
+        and not text.endswith((".safetensors", ".json", ".bin", ".pt", ".pth"))
+    )
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -105,47 +114,51 @@ def _device(device: str | torch.device | None) -> torch.device:
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError):
-        raise ConfigError(f"unknown device {device!r}; use 'cpu', 'cuda', 'cuda:N' or 'mps'") from None
-    if chosen.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ConfigError(f"device {device!r} was asked for, and this torch ({torch.__version__}) sees no CUDA device")
+        chosen = torch.device("meta")
+    if chosen.type == "cpu":
+        return torch.device("cpu")  # torch accepts "cpu:1" and means the same
+    if chosen.type == "mps" and torch.backends.mps.is_available():
+        return chosen
+    if chosen.type == "cuda" and torch.cuda.is_available():
         # "cuda" and "cuda:0" are one device under two names that do not compare equal
         index = torch.cuda.current_device() if chosen.index is None else chosen.index
         if index >= torch.cuda.device_count():
-            raise ConfigError(f"device {device!r} was asked for, and there are {torch.cuda.device_count()} CUDA devices")
+            raise ConfigError(f"there is no device {device!r}, only {torch.cuda.device_count()} CUDA devices")
         return torch.device("cuda", index)
-    if chosen.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError(f"device {device!r} was asked for, and this torch ({torch.__version__}) sees no MPS device")
-    if chosen.type not in ("cpu", "mps"):
-        raise ConfigError(f"unknown device {device!r}; use 'cpu', 'cuda', 'cuda:N' or 'mps'")
-    return chosen
-
-
-def _with_activation(config: CLIPConfig, activation: str) -> CLIPConfig:
-    from dataclasses import replace
-
-    return replace(
-        config,
-        vision=replace(config.vision, activation=activation),
-        text=replace(config.text, activation=activation),
-    )
+    if chosen.type in ("cuda", "mps"):
+        raise ConfigError(
+            f"there is no device {device!r}: this torch ({torch.__version__}) sees no {chosen.type.upper()}"
+        )
+    raise ConfigError(f"unknown device {device!r}; use 'cpu', 'cuda', 'cuda:N' or 'mps'")
 
 
 def _preprocess(checkpoint: Checkpoint, size: int) -> Preprocess:
-    """The preprocessing that the files beside the weights describe; OpenAI's where there are none."""
-    folder = checkpoint.path.parent
+    """The preprocessing that the files beside the weights describe; OpenAI's where there are none.
+
+    Raises:
+        ConfigError: if it is not one miniclip has, or makes images of another size than the model's.
+    """
+    path, config = _preprocess_config(checkpoint)
+    if path is None:
+        return Preprocess(size)
     try:
-        if (path := folder / "preprocessor_config.json").is_file():
-            preprocess = Preprocess.from_hf(read_json(path))
-        elif (path := folder / "processor_config.json").is_file() and "image_processor" in (config := read_json(path)):
-            preprocess = Preprocess.from_hf(config["image_processor"])
-        elif checkpoint.config_path is not None and checkpoint.config_path.name == "open_clip_config.json":
-            path = checkpoint.config_path
-            preprocess = Preprocess.from_open_clip(checkpoint.config.get("preprocess_cfg", {}), size)
-        else:
-            return Preprocess(size)
+        if not isinstance(config, Mapping):
+            raise ConfigError(f"the preprocessing must be an object, got {reprlib.repr(config)}")
+        is_open_clip = path.name == "open_clip_config.json"
+        preprocess = Preprocess.from_open_clip(config, size) if is_open_clip else Preprocess.from_hf(config)
+        if preprocess.size != size:
+            raise ConfigError(f"crops images to {preprocess.size} pixels, the model takes {size}")
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    if preprocess.size != size:
-        raise ConfigError(f"{path}: crops images to {preprocess.size} pixels, the model takes {size}")
     return preprocess
+
+
+def _preprocess_config(checkpoint: Checkpoint) -> tuple[Path | None, object]:
+    folder = checkpoint.path.parent
+    if (path := folder / "preprocessor_config.json").is_file():
+        return path, read_json(path)
+    if (path := folder / "processor_config.json").is_file() and "image_processor" in (config := read_json(path)):
+        return path, config["image_processor"]  # transformers 5 writes all processors of a model into one file
+    if checkpoint.config_path is not None and checkpoint.config_path.name == "open_clip_config.json":
+        return checkpoint.config_path, checkpoint.config.get("preprocess_cfg", {})
+    return None, None

@@ -11,7 +11,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from miniclip.config import CLIPConfig, TextConfig, TransformerConfig, VisionConfig
+from miniclip.config import CLIPConfig, TransformerConfig, VisionConfig
 from miniclip.errors import InputError
 from miniclip.layers import ACTIVATIONS, Conv2d, Embedding, Linear, MultiheadAttention
 
@@ -227,7 +227,7 @@ class CLIP(nn.Module):
             raise InputError(f"text is on {tokens.device}, the model is on {self.device}")
         if not len(tokens):
             return []
-        # One transfer for all rows. Checked here because an id out of range inside a CUDA kernel takes the process along.
+        # Checked here because an id out of range inside a CUDA kernel takes the process along; in one transfer.
         position = self.text.end_positions(tokens)
         end = tokens.gather(1, position[:, None])[:, 0]
         rows = torch.stack([tokens.amin(dim=1).long(), tokens.amax(dim=1).long(), end.long(), position], dim=1).tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import overload
 
 import torch
@@ -71,12 +72,11 @@ class ZeroShotClassifier:
         """One PIL image -> [(label, probability), …], most probable first; several images -> a list of those."""
         if isinstance(images, Image.Image):
             return self([images])[0]
-        images = list(images)
+        stream = iter(images)
         answers: list[Answer] = []
-        for start in range(0, len(images), _IMAGES_PER_BATCH):
-            pixels = self.preprocess(images[start : start + _IMAGES_PER_BATCH])
-            for row in self.probabilities(pixels).tolist():
-                answers.append(sorted(zip(self.labels, row), key=lambda pair: -pair[1]))
+        while batch := list(islice(stream, _IMAGES_PER_BATCH)):
+            rows = self.probabilities(self.preprocess(batch)).tolist()
+            answers += [sorted(zip(self.labels, row), key=lambda pair: -pair[1]) for row in rows]
         return answers
 
     @torch.no_grad()

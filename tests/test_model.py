@@ -66,7 +66,12 @@ def openai_names(vision_layers: int, text_layers: int) -> set[str]:
 
 @pytest.mark.parametrize(
     ("name", "parameters", "layers"),
-    [("ViT-B/32", 151_277_313, 12), ("ViT-B/16", 149_620_737, 12), ("ViT-L/14", None, 24), ("ViT-L/14@336px", None, 24)],
+    [
+        ("ViT-B/32", 151_277_313, 12),
+        ("ViT-B/16", 149_620_737, 12),
+        ("ViT-L/14", None, 24),
+        ("ViT-L/14@336px", None, 24),
+    ],
 )
 def test_known_architectures_have_openais_state_dict(name: str, parameters: int | None, layers: int) -> None:
     with torch.device("meta"):

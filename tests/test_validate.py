@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import validate
 from conftest import make_reference
 from torch import Tensor, nn
 from transformers import CLIPModel
 
 import miniclip
+import validate
 from miniclip import hub
 from miniclip.model import TextTransformer
 
@@ -168,6 +168,7 @@ def test_a_floored_crop_fails(loaded: Loaded, reference: CLIPModel) -> None:
 
 def test_other_pixels_and_tokens_fail(loaded: Loaded, reference: CLIPModel) -> None:
     model, preprocess = loaded
+
     class Brighter(miniclip.Preprocess):
         def __call__(self, images):  # type: ignore[no-untyped-def]
             return super().__call__(images) + 1e-6
@@ -289,7 +290,10 @@ def test_published_numbers_are_compared(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_script_runs_from_the_shell(tiny: Path) -> None:
     script = Path(validate.__file__)
     done = subprocess.run(
-        [sys.executable, str(script), "--model", str(tiny), "--device", "cpu"], capture_output=True, text=True, check=False
+        [sys.executable, str(script), "--model", str(tiny), "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""

@@ -1,0 +1,119 @@
+"""Zero-shot classification, against transformers and against the sum done by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_reference
+from PIL import Image
+
+import miniclip
+import validate
+from miniclip import InputError, TextTooLongError, ZeroShotClassifier
+
+LABELS = ["cat", "rocket", "cup of coffee", "astronaut {in} orbit", "größe"]
+TEMPLATES = ("a photo of a {}.", "the {}", "{} {} {}!")
+
+Loaded = tuple[miniclip.CLIP, miniclip.Preprocess]
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny: Path) -> Loaded:
+    return miniclip.load(tiny, "cpu", dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def photos() -> list[Image.Image]:
+    return validate.sample_photos()
+
+
+def test_one_template_equals_transformers(loaded: Loaded, photos: list[Image.Image]) -> None:
+    reference = make_reference().double()
+    prompts = [f"a photo of a {label}." for label in LABELS]
+    with torch.no_grad():
+        output = reference(pixel_values=loaded[1](photos).double(), input_ids=miniclip.tokenize(prompts))
+    expected = output.logits_per_image.softmax(dim=1)
+    classifier = ZeroShotClassifier(*loaded, LABELS)
+    for answer, row in zip(classifier(photos), expected):
+        assert [label for label, _ in answer] == [LABELS[i] for i in row.argsort(descending=True)]
+        assert [p for _, p in answer] == pytest.approx(row.sort(descending=True).values.tolist(), rel=1e-5)
+    assert torch.allclose(classifier.probabilities(loaded[1](photos)).double(), expected, atol=1e-6)
+
+
+def test_templates_are_averaged_as_unit_vectors(loaded: Loaded) -> None:
+    model, preprocess = loaded
+    classifier = ZeroShotClassifier(model, preprocess, LABELS, TEMPLATES)
+    for label, weight in zip(LABELS, classifier.weights):
+        texts = [template.replace("{}", label) for template in TEMPLATES]
+        features = F.normalize(model.encode_text(miniclip.tokenize(texts)), dim=1)
+        expected = features.mean(dim=0)
+        assert torch.allclose(weight, expected / expected.norm(), atol=1e-12)
+        unnormalised = model.encode_text(miniclip.tokenize(texts)).mean(dim=0)
+        assert not torch.allclose(weight, unnormalised / unnormalised.norm(), atol=1e-4)
+
+
+def test_many_prompts_go_through_in_batches(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = ZeroShotClassifier(*loaded, LABELS, TEMPLATES).weights
+    monkeypatch.setattr("miniclip.zero_shot._TEXTS_PER_BATCH", 4)
+    assert torch.allclose(ZeroShotClassifier(*loaded, LABELS, TEMPLATES).weights, whole, atol=1e-12)
+
+
+def test_one_image_one_answer_many_images_many_answers(
+    loaded: Loaded, photos: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classifier = ZeroShotClassifier(*loaded, LABELS)
+    one = classifier(photos[2])
+    assert sorted(label for label, _ in one) == sorted(LABELS)
+    assert sum(p for _, p in one) == pytest.approx(1)
+    assert [p for _, p in one] == sorted((p for _, p in one), reverse=True)
+    monkeypatch.setattr("miniclip.zero_shot._IMAGES_PER_BATCH", 3)
+    many = classifier(iter(photos))
+    assert len(many) == 4
+    assert [label for label, _ in many[2]] == [label for label, _ in one]
+    assert classifier([]) == []
+
+
+def test_prompts_are_encoded_once(loaded: Loaded, photos: list[Image.Image], monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier = ZeroShotClassifier(*loaded, LABELS)
+    monkeypatch.setattr(miniclip.CLIP, "encode_text", None)
+    assert len(classifier(photos)) == 4
+
+
+def test_no_graph_is_kept_even_for_a_trainable_model(tiny: Path, photos: list[Image.Image]) -> None:
+    model, preprocess = miniclip.load(tiny, "cpu")
+    classifier = ZeroShotClassifier(model.requires_grad_(True), preprocess, LABELS)
+    assert not classifier.weights.requires_grad
+    assert not classifier.probabilities(preprocess(photos)).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_answers_in_float32(tiny: Path, photos: list[Image.Image], dtype: torch.dtype) -> None:
+    model, preprocess = miniclip.load(tiny, "cpu", dtype=dtype)
+    probabilities = ZeroShotClassifier(model, preprocess, LABELS).probabilities(preprocess(photos))
+    assert probabilities.dtype == torch.float32
+    assert torch.allclose(probabilities.sum(dim=1), torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("labels", "templates", "message"),
+    [
+        ([], ("{}",), "labels must hold"),
+        ("cat", ("{}",), "single string 'cat'"),
+        (["cat", 3], ("{}",), r"labels\[1\] must be a string, got int"),
+        (["cat", "dog", "cat"], ("{}",), "'cat' is given 2 times"),
+        (["cat"], (), "templates must hold"),
+        (["cat"], "a {}", "single string 'a {}'"),
+        (["cat"], ("a photo",), "'a photo' has no {}"),
+    ],
+)
+def test_bad_labels_and_templates(loaded: Loaded, labels: list[str], templates: tuple[str, ...], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ZeroShotClassifier(*loaded, labels, templates)
+
+
+def test_a_prompt_too_long_is_named(loaded: Loaded) -> None:
+    with pytest.raises(TextTooLongError, match=r"text 1 .* the context holds 77"):
+        ZeroShotClassifier(*loaded, ["cat", "cat " * 80])
