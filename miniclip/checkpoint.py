@@ -145,7 +145,8 @@ class Checkpoint:
         """Give a model built on the meta device its parameters, in ``dtype`` on ``device``.
 
         On the CPU, in the dtype of the file, tensors stay views of the memory-mapped file; only those that the layout
-        splits up or transposes are copied. The mapping is private: writing to a parameter never reaches the file.
+        splits up or transposes are copied. Writing to a parameter never reaches the file; a file that is overwritten in
+        place while the model is in use does reach the model.
 
         Raises:
             CheckpointError: naming all missing, unexpected and wrong-shape tensors, before anything is read.
@@ -210,7 +211,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         CheckpointError: for a pickle, a damaged file, other tensors than a CLIP's, or a folder without weights.
-        ConfigError: for a configuration file that is not JSON.
+        ConfigError: for a configuration or an index that is not JSON.
     """
     try:
         if path.is_dir():
@@ -334,7 +335,7 @@ def _weights_in(folder: Path) -> Path:
     found = [folder / name for name in WEIGHTS if (folder / name).is_file()]
     if len(found) > 1:
         # timm's repositories keep the image tower alone in model.safetensors, the CLIP in open_clip_model.safetensors
-        found = [path for path in found if _layout(_read_entries(path))] or found
+        return next((path for path in found if _layout(_read_entries(path))), found[0])
     if found:
         return found[0]
     others = sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())

@@ -93,7 +93,9 @@ class TextConfig(TransformerConfig):
         if self.end_of_text is not None:
             self._check(_token_id, "end_of_text")
             if self.end_of_text >= self.vocab_size:
-                raise ConfigError(f"the end-of-text id {self.end_of_text} is outside a vocab_size of {self.vocab_size}")
+                raise ConfigError(
+                    f"the end of text (eos_token_id) is {self.end_of_text}, outside a vocab_size of {self.vocab_size}"
+                )
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def _device(device: str | torch.device | None) -> torch.device:
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError):
-        chosen = torch.device("meta")
+        chosen = torch.device("meta")  # refused below
     if chosen.type == "cpu":
         return torch.device("cpu")  # torch accepts "cpu:1" and means the same
     if chosen.type == "mps" and torch.backends.mps.is_available():
