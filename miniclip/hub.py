@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import textwrap
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -348,5 +349,6 @@ def _reason(error: Exception) -> str:
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     if (status := _status(error)) is not None:
-        return f"HTTP {status}" + ("; a private or gated one needs a token in HF_TOKEN" if status in (401, 403) else "")
-    return f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0]
+        hint = "; a private or gated one needs a valid token in HF_TOKEN" if status in (401, 403) else ""
+        return f"HTTP {status}{hint}"
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" …")  # some go on for paragraphs

@@ -65,7 +65,7 @@ class FakeHub(ThreadingHTTPServer):
         self.refusals: dict[str, tuple[int, str]] = {}  # part of a path -> status and X-Error-Code
         self.cuts: Iterator[int] = iter(())  # after how many bytes the next bodies break off
         self.page: tuple[int, dict[str, str], bytes] | None = None  # a captive portal's answer to everything
-        self.silent = False  # accepts, never answers
+        self.slow = False  # answers after three seconds
         self.closing = threading.Event()
         self.before_body: Callable[[], object] = lambda: None
 
@@ -83,7 +83,6 @@ class FakeHub(ThreadingHTTPServer):
 
     def forget(self) -> None:
         self.requests.clear()
-        self.dialled.clear()
 
     def unplug(self) -> None:
         """Make this process's client work offline, and forget what it asked before."""
@@ -112,10 +111,9 @@ class Handler(BaseHTTPRequestHandler):
         raw = self.path.partition("?")[0]
         path = unquote(raw)
         server.requests.append(Request(self.command, path, self.headers["Range"]))
-        if server.silent:
-            server.closing.wait(60)
-            self.close_connection = True
-        elif server.page:
+        if server.slow:
+            server.closing.wait(3)
+        if server.page:
             self.send(*server.page)
         elif refusal := next((answer for part, answer in server.refusals.items() if part in path), None):
             self.send(refusal[0], {"X-Error-Code": refusal[1]})
@@ -226,15 +224,24 @@ def no_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.sleep", lambda seconds: None)
 
 
-def know(monkeypatch: pytest.MonkeyPatch, *sources: Source, config: CLIPConfig | None = None) -> None:
-    monkeypatch.setitem(hub.KNOWN, NAME, KnownModel(config or hub.KNOWN[NAME].config, sources))
+Know = Callable[..., None]
 
 
 @pytest.fixture
-def pinned(server: FakeHub, monkeypatch: pytest.MonkeyPatch) -> Source:
+def know(monkeypatch: pytest.MonkeyPatch) -> Know:
+    """Give a known model other sources."""
+
+    def know(*sources: Source, config: CLIPConfig | None = None) -> None:
+        monkeypatch.setitem(hub.KNOWN, NAME, KnownModel(config or hub.KNOWN[NAME].config, sources))
+
+    return know
+
+
+@pytest.fixture
+def pinned(server: FakeHub, know: Know) -> Source:
     """The only source of a known model, with its checksum."""
     source = Source("first/source", server.add("first/source", {FILE: WEIGHTS}), FILE, WEIGHTS_SHA256)
-    know(monkeypatch, source)
+    know(source)
     return source
 
 
@@ -268,8 +275,8 @@ def same(model: miniclip.CLIP, other: miniclip.CLIP) -> bool:
 # -- the table ------------------------------------------------------------------------------------------------------
 
 # As it was read from the Hub: repository, commit, file, sha256 and megabytes where they were seen.
-TABLE = """
-ViT-B/32 sentence-transformers/clip-ViT-B-32 327ab6726d33c0e22f920c83f2ff9e4bd38ca37f 0_CLIPModel/model.safetensors B 605
+TABLE = f"""
+ViT-B/32 sentence-transformers/clip-ViT-B-32 327ab6726d33c0e22f920c83f2ff9e4bd38ca37f {FILE} B 605
 ViT-B/32 openai/clip-vit-base-patch32 b33cedfd0df4e43b8238760678fcc89e1a0d38b3 model.safetensors B 605
 ViT-B/32 timm/vit_base_patch32_clip_224.openai a6f597a30f7b82c51704746581f9a4e41421e878 open_clip_model.safetensors - -
 ViT-B/16 timm/vit_base_patch16_clip_224.openai 977e3dd0ec55ab8da155f2fbeb6b5f54948b6e3d open_clip_model.safetensors - -
@@ -300,15 +307,18 @@ def test_revisions_are_commits_and_checksums_are_sha256() -> None:
             assert hub.pickle_refusal(source.filename) is None
 
 
-@pytest.mark.parametrize(
-    ("name", "parameters", "size"),
-    [("ViT-B/32", 151_277_313, 224), ("ViT-B/16", 149_620_737, 224), ("ViT-L/14", 427_616_513, 224)],
-)
-def test_architectures_have_the_published_number_of_parameters(name: str, parameters: int, size: int) -> None:
+PARAMETERS = {
+    "ViT-B/32": 151_277_313,
+    "ViT-B/16": 149_620_737,
+    "ViT-L/14": 427_616_513,
+    "ViT-L/14@336px": 427_944_193,
+}
+
+
+def test_architectures_have_the_published_number_of_parameters() -> None:
     with torch.device("meta"):
-        model = miniclip.CLIP(hub.KNOWN[name].config)
-    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
-    assert hub.KNOWN[name].config.vision.image_size == size
+        models = {name: miniclip.CLIP(model.config) for name, model in hub.KNOWN.items()}
+    assert {name: sum(tensor.numel() for tensor in model.parameters()) for name, model in models.items()} == PARAMETERS
 
 
 def test_every_source_typed_as_a_repository_is_the_model_it_serves() -> None:
@@ -331,11 +341,11 @@ def tiny_config(tiny: Path) -> CLIPConfig:
 
 
 def test_a_known_model_is_downloaded_with_a_progress_bar_then_found_without_a_request(
-    server: FakeHub, tiny: Path, tiny_config: CLIPConfig, monkeypatch: pytest.MonkeyPatch
+    server: FakeHub, tiny: Path, tiny_config: CLIPConfig, know: Know, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = (tiny / "model.safetensors").read_bytes()
     commit = server.add("first/source", {FILE: weights, "config.json": b"not read"})
-    know(monkeypatch, Source("first/source", commit, FILE, hashlib.sha256(weights).hexdigest()), config=tiny_config)
+    know(Source("first/source", commit, FILE, hashlib.sha256(weights).hexdigest()), config=tiny_config)
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     assert hub.cached_model(NAME) is None
 
@@ -367,24 +377,17 @@ def test_the_checksum_is_computed_once(server: FakeHub, pinned: Source, monkeypa
 
 
 REFUSALS = [
-    (404, "EntryNotFound"),
-    (404, "RevisionNotFound"),
-    (404, "RepoNotFound"),
-    (401, "RepoNotFound"),
-    (403, "GatedRepo"),
-    (410, ""),
-    (429, ""),
-    (500, ""),
-    (503, ""),
+    *((404, code) for code in ("EntryNotFound", "RevisionNotFound", "RepoNotFound")),
+    *((401, "RepoNotFound"), (403, "GatedRepo"), (410, ""), (429, ""), (500, ""), (503, "")),
 ]
 
 
 @pytest.mark.parametrize(("status", "code"), REFUSALS)
 def test_a_source_that_refuses_is_followed_by_the_next(
-    server: FakeHub, pinned: Source, monkeypatch: pytest.MonkeyPatch, status: int, code: str
+    server: FakeHub, pinned: Source, know: Know, status: int, code: str
 ) -> None:
     commit = server.add("second/source", {"model.safetensors": WEIGHTS})
-    know(monkeypatch, pinned, Source("second/source", commit, "model.safetensors"))
+    know(pinned, Source("second/source", commit, "model.safetensors"))
     server.refusals["/first/source"] = (status, code)
     assert hub.fetch_known(NAME).read_bytes() == WEIGHTS
     assert len(server.asked("HEAD", "/first/source")) == 1  # and not again and again
@@ -393,32 +396,28 @@ def test_a_source_that_refuses_is_followed_by_the_next(
     assert server.requests == []
 
 
-def test_when_all_sources_refuse_all_are_named(
-    server: FakeHub, pinned: Source, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    know(monkeypatch, pinned, Source("second/source", "0" * 40, FILE), Source("third/source", "0" * 40, FILE))
+def test_when_all_sources_refuse_all_are_named(server: FakeHub, pinned: Source, know: Know) -> None:
+    know(pinned, Source("second/source", "0" * 40, FILE), Source("third/source", "0" * 40, FILE))
     server.refusals |= {"first/source": (404, "EntryNotFound"), "second/source": (503, "")}
     with pytest.raises(DownloadError) as caught:
         hub.fetch_known(NAME)
     text = one_sentence(caught.value)
     assert f"none of the sources of {NAME} gave it: first/source (HTTP 404), second/source (HTTP 503)" in text
-    assert "third/source (HTTP 401; a private or gated one needs a token in HF_TOKEN); try again later" in text
+    assert "third/source (HTTP 401; a private or gated one needs a valid token in HF_TOKEN); try again later" in text
     assert left_in(server.cache) == []
 
 
 @pytest.mark.parametrize("is_pinned", [True, False])
 @pytest.mark.parametrize("links", [True, False])
 def test_a_wrong_checksum_is_refused_and_leaves_nothing(
-    server: FakeHub, monkeypatch: pytest.MonkeyPatch, is_pinned: bool, links: bool
+    server: FakeHub, know: Know, monkeypatch: pytest.MonkeyPatch, is_pinned: bool, links: bool
 ) -> None:
     """The pinned one; without it, the one the Hub reports; also where the cache has no links (as on Windows)."""
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_SYMLINKS", not links)
     commit = server.add("first/source", {FILE: WEIGHTS})
-    know(monkeypatch, Source("first/source", commit, FILE, WEIGHTS_SHA256 if is_pinned else None))
+    know(Source("first/source", commit, FILE, WEIGHTS_SHA256 if is_pinned else None))
     server.blobs[WEIGHTS_SHA256] = b"?" + WEIGHTS[1:]
-    with pytest.raises(
-        DownloadError, match=f"wrong checksum .100000 bytes, expected sha256 {WEIGHTS_SHA256}"
-    ) as caught:
+    with pytest.raises(DownloadError, match=f"wrong checksum .100000 bytes, .* {WEIGHTS_SHA256}") as caught:
         hub.fetch_known(NAME)
     assert "first/source" in one_sentence(caught.value)
     assert left_in(server.cache) == []
@@ -426,9 +425,9 @@ def test_a_wrong_checksum_is_refused_and_leaves_nothing(
     assert hub.fetch_known(NAME).read_bytes() == WEIGHTS
 
 
-def test_a_pin_is_believed_rather_than_the_hub(server: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pin_is_believed_rather_than_the_hub(server: FakeHub, know: Know) -> None:
     other = b"?" + WEIGHTS[1:]
-    know(monkeypatch, Source("first/source", server.add("first/source", {FILE: other}), FILE, WEIGHTS_SHA256))
+    know(Source("first/source", server.add("first/source", {FILE: other}), FILE, WEIGHTS_SHA256))
     with pytest.raises(DownloadError, match="wrong checksum"):
         hub.fetch_known(NAME)
     assert left_in(server.cache) == []
@@ -457,12 +456,12 @@ def test_a_link_whose_blob_is_gone_is_fetched_again(server: FakeHub, pinned: Sou
 
 
 def test_download_root_is_the_cache(
-    server: FakeHub, tmp_path: Path, tiny: Path, tiny_config: CLIPConfig, monkeypatch: pytest.MonkeyPatch
+    server: FakeHub, tmp_path: Path, tiny: Path, tiny_config: CLIPConfig, know: Know
 ) -> None:
     weights = (tiny / "model.safetensors").read_bytes()
     files = {"model.safetensors": weights, "config.json": (tiny / "config.json").read_bytes()}
     commit = server.add("owner/name", files)
-    know(monkeypatch, Source("owner/name", commit, "model.safetensors"), config=tiny_config)
+    know(Source("owner/name", commit, "model.safetensors"), config=tiny_config)
     root = tmp_path / "elsewhere"
     miniclip.load(NAME, "cpu", download_root=root / "known")
     miniclip.load("owner/name", "cpu", download_root=str(root / "repository"))
@@ -480,7 +479,7 @@ def test_two_threads_fetch_one_file_into_one_cache(server: FakeHub, pinned: Sour
     def before_body() -> None:  # no bytes before the other one has come to the same point
         if len(server.asked("HEAD")) >= 4:
             both_asked.set()
-        both_asked.wait(1)
+        both_asked.wait(10)
 
     server.before_body = before_body
     with ThreadPoolExecutor(2) as pool:
@@ -558,11 +557,11 @@ def test_a_refused_connection_is_tried_once(
 
 
 @pytest.mark.parametrize("name", [NAME, "owner/name"])
-def test_a_server_that_never_answers_is_asked_once(
+def test_a_server_that_does_not_answer_in_time_is_asked_once(
     server: FakeHub, pinned: Source, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(hub, "_TIMEOUT_SECONDS", 0.2)
-    server.silent = True
+    server.slow = True
     with pytest.raises(DownloadError, match=r"(?i)time.?out|timed out") as caught:
         miniclip.load(name, "cpu")
     assert "try again online, or pass the path" in one_sentence(caught.value)
@@ -588,7 +587,8 @@ def test_a_login_page_is_not_taken_for_the_hub(
     server: FakeHub, pinned: Source, name: str, page: tuple[int, dict[str, str], bytes]
 ) -> None:
     server.page = page
-    with pytest.raises(DownloadError) as caught:
+    said = "perhaps the login page|HTTP 511|TooManyRedirects" if name == NAME else "is not in the cache"
+    with pytest.raises(DownloadError, match=said) as caught:
         miniclip.load(name, "cpu")
     assert name in one_sentence(caught.value)
     assert left_in(server.cache) == []
@@ -609,11 +609,11 @@ def test_an_endpoint_that_is_no_url_is_a_download_error(
 
 @pytest.mark.parametrize("is_pinned", [True, False])
 def test_a_blob_that_repositories_share_is_known_by_its_own_checksum(
-    server: FakeHub, monkeypatch: pytest.MonkeyPatch, is_pinned: bool
+    server: FakeHub, know: Know, is_pinned: bool
 ) -> None:
     """The client moves what came by xet to <cache>/blobs, named by another hash than sha256, and leaves a link."""
     commit = server.add("first/source", {FILE: WEIGHTS})
-    know(monkeypatch, Source("first/source", commit, FILE, WEIGHTS_SHA256 if is_pinned else None))
+    know(Source("first/source", commit, FILE, WEIGHTS_SHA256 if is_pinned else None))
     path = hub.fetch_known(NAME)
     blob = server.cache / "models--first--source" / "blobs" / WEIGHTS_SHA256
     shared = server.cache / "blobs" / "ab" / ("ab" * 32)
@@ -662,9 +662,8 @@ def test_files_come_by_xet(
     else:
         with pytest.raises(DownloadError, match="wrong checksum" if sent else "CAS service error"):
             hub.fetch_known(NAME)
-        assert [
-            path for path in left_in(server.cache) if path.name in ("ab" * 32, WEIGHTS_SHA256) or path.is_symlink()
-        ] == []
+        left = [path for path in left_in(server.cache) if path.suffix not in (".lock", ".refs")]
+        assert left == []
 
 
 # -- a repository ---------------------------------------------------------------------------------------------------
@@ -691,9 +690,8 @@ def sharded(reference: CLIPModel, tmp_path: Path) -> dict[str, bytes]:
     return files
 
 
-def small(names: str = "model.safetensors", **more: bytes) -> dict[str, bytes]:
-    """Files for what stops before reading them."""
-    return {"config.json": b"{}", names: WEIGHTS, **more}
+# For what stops before reading them.
+SMALL = {"config.json": b"{}", "model.safetensors": WEIGHTS}
 
 
 def test_a_hugging_face_repository(server: FakeHub, tiny: Path, folder: dict[str, bytes]) -> None:
@@ -702,10 +700,9 @@ def test_a_hugging_face_repository(server: FakeHub, tiny: Path, folder: dict[str
     assert same(model, miniclip.load(tiny, "cpu")[0])
     assert preprocess.shortest_edge == 40
     # every file by the one commit, and only what is needed
-    assert {path for path in server.asked("HEAD") if "/resolve/" in path} == {
-        f"/owner/name/resolve/{commit}/{name}"
-        for name in ("config.json", "model.safetensors", "preprocessor_config.json")
-    }
+    needed = ("config.json", "model.safetensors", "preprocessor_config.json")
+    asked = {path for path in server.asked("HEAD") if "/resolve/" in path}
+    assert asked == {f"/owner/name/resolve/{commit}/{name}" for name in needed}
     server.forget()
     miniclip.load("owner/name", "cpu")
     assert [request.path for request in server.requests] == ["/api/models/owner/name/revision/main"]
@@ -734,23 +731,12 @@ def test_a_sharded_repository(server: FakeHub, tiny: Path, sharded: dict[str, by
 
 def test_an_open_clip_repository(server: FakeHub, tiny: Path) -> None:
     expected = miniclip.load(tiny, "cpu")[0]
-    model_cfg = {
-        "embed_dim": 48,
-        "quick_gelu": True,
-        "vision_cfg": {
-            "image_size": 32,
-            "patch_size": 8,
-            "width": 64,
-            "layers": 3,
-            "head_width": 16,
-            "mlp_ratio": 2.5,
-        },
-        "text_cfg": {"width": 48, "layers": 2, "heads": 3, "mlp_ratio": 2.0},
-    }
+    vision = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 3, "head_width": 16, "mlp_ratio": 2.5}
+    text = {"width": 48, "layers": 2, "heads": 3, "mlp_ratio": 2.0}
+    model_cfg = {"embed_dim": 48, "quick_gelu": True, "vision_cfg": vision, "text_cfg": text}
+    config = {"model_cfg": model_cfg, "preprocess_cfg": {"mean": [0.1, 0.2, 0.3]}}
     files = {
-        "open_clip_config.json": json.dumps(
-            {"model_cfg": model_cfg, "preprocess_cfg": {"mean": [0.1, 0.2, 0.3]}}
-        ).encode(),
+        "open_clip_config.json": json.dumps(config).encode(),
         "open_clip_model.safetensors": safetensors.torch.save(expected.state_dict()),
     }
     server.add("owner/name", files)
@@ -779,10 +765,10 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(server: FakeHub, folder: dict[
 
 
 def test_a_branch_that_moves_is_followed_once_all_of_its_files_are_there(server: FakeHub) -> None:
-    old = server.add("owner/name", small())
+    old = server.add("owner/name", SMALL)
     assert hub.fetch_repository("owner/name").name == old
     newer = b"?" + WEIGHTS[1:]
-    new = server.add("owner/name", small() | {"model.safetensors": newer})
+    new = server.add("owner/name", SMALL | {"model.safetensors": newer})
     server.refusals["/cdn/"] = (500, "")
     with pytest.raises(DownloadError, match=r"owner/name: model\.safetensors cannot be had \(HTTP 500"):
         hub.fetch_repository("owner/name")
@@ -796,21 +782,21 @@ def test_a_branch_that_moves_is_followed_once_all_of_its_files_are_there(server:
 
 @pytest.mark.parametrize(("status", "code"), REFUSALS)
 def test_a_cached_repository_is_used_when_the_hub_refuses(server: FakeHub, status: int, code: str) -> None:
-    server.add("owner/name", small())
+    server.add("owner/name", SMALL)
     path = hub.fetch_repository("owner/name")
     server.refusals["/api/"] = (status, code)
     assert hub.fetch_repository("owner/name") == path
 
 
 def test_a_cached_repository_is_used_behind_a_login_page(server: FakeHub) -> None:
-    server.add("owner/name", small())
+    server.add("owner/name", SMALL)
     path = hub.fetch_repository("owner/name")
     server.page = (200, {"Content-Type": "text/html"}, LOGIN)
     assert hub.fetch_repository("owner/name") == path
 
 
 def test_a_repository_damaged_in_the_cache_is_fetched_again(server: FakeHub) -> None:
-    server.add("owner/name", small())
+    server.add("owner/name", SMALL)
     weights = hub.fetch_repository("owner/name") / "model.safetensors"
     flip_a_byte(weights)
     with pytest.warns(UserWarning, match="no longer has its checksum"):
@@ -847,9 +833,7 @@ def test_a_repository_without_weights_is_refused(server: FakeHub) -> None:
         miniclip.load("owner/name", "cpu")
 
 
-@pytest.mark.parametrize(
-    ("status", "code"), [(404, "RepoNotFound"), (401, "RepoNotFound"), (403, "GatedRepo"), (400, "")]
-)
+@pytest.mark.parametrize(("status", "code"), [(400, ""), (401, "RepoNotFound"), (403, "GatedRepo"), (404, "")])
 def test_an_unknown_repository_lists_what_is_known(server: FakeHub, status: int, code: str) -> None:
     server.refusals["/api/models/nobody/nothing"] = (status, code)
     with pytest.raises(UnknownModelError) as caught:
@@ -863,7 +847,7 @@ def test_an_unknown_repository_lists_what_is_known(server: FakeHub, status: int,
 
 
 def test_an_unknown_revision_is_named(server: FakeHub) -> None:
-    server.add("owner/name", small())
+    server.add("owner/name", SMALL)
     with pytest.raises(UnknownModelError, match=r"'owner/name' is neither .* at revision 'v2' \(HTTP 404\)"):
         miniclip.load("owner/name@v2", "cpu")
 
@@ -880,9 +864,7 @@ def test_a_name_no_repository_can_have_is_unknown(server: FakeHub) -> None:
 @pytest.mark.parametrize("status", [429, 500, 502, 503])
 def test_a_hub_in_trouble_is_no_unknown_model(server: FakeHub, status: int) -> None:
     server.refusals["/api/"] = (status, "")
-    with pytest.raises(
-        DownloadError, match=rf"owner/name is not in the cache .* \(HTTP {status}\); try again"
-    ) as caught:
+    with pytest.raises(DownloadError, match=rf"^owner/name is not in .* \(HTTP {status}\); try again") as caught:
         miniclip.load("owner/name", "cpu")
     one_sentence(caught.value)
     assert len(server.requests) == 1
@@ -891,12 +873,12 @@ def test_a_hub_in_trouble_is_no_unknown_model(server: FakeHub, status: int) -> N
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_gated_repository_wants_a_token(server: FakeHub, status: int) -> None:
     """Its list of files is public, they are not."""
-    server.add("owner/name", small())
+    server.add("owner/name", SMALL)
     server.refusals["/resolve/"] = (status, "GatedRepo")
     with pytest.raises(DownloadError) as caught:
         miniclip.load("owner/name", "cpu")
     assert one_sentence(caught.value) == (
-        f"owner/name: config.json cannot be had (HTTP {status}; a private or gated one needs a token in HF_TOKEN)"
+        f"owner/name: config.json cannot be had (HTTP {status}; a private or gated one needs a valid token in HF_TOKEN)"
     )
 
 
@@ -917,9 +899,9 @@ def test_an_index_that_is_none_is_refused(server: FakeHub, index: bytes) -> None
 
 
 def test_a_shard_the_repository_lacks_is_named(server: FakeHub) -> None:
-    index = json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}).encode()
+    index = json.dumps({"weight_map": {"a": "one.safetensors", "b": "gone.safetensors"}}).encode()
     server.add("owner/name", {"model.safetensors.index.json": index, "one.safetensors": WEIGHTS})
-    with pytest.raises(CheckpointError, match=r"two\.safetensors is missing|one\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"gone\.safetensors'? is missing"):
         miniclip.load("owner/name", "cpu")
 
 
@@ -946,9 +928,7 @@ def test_repositories_typed_by_habit_are_the_pinned_sources(
 def test_environment_variables_are_all_it_takes(server: FakeHub, tmp_path: Path, folder: dict[str, bytes]) -> None:
     server.add("owner/name", folder)
     (home := tmp_path / "user").mkdir()
-    program = (
-        "import miniclip; model, _ = miniclip.load('owner/name', 'cpu'); print(model.text_projection.sum().item())"
-    )
+    program = "import miniclip; print(miniclip.load('owner/name', 'cpu')[0].text_projection.sum().item())"
 
     def run(**variables: str) -> str:
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
