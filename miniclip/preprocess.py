@@ -6,11 +6,11 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, overload
+from typing import Any, TypeGuard, overload
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from miniclip.errors import ConfigError, ImageError, InputError
@@ -24,7 +24,19 @@ CONVENTIONS = ("openai", "huggingface")
 # Up to this ratio of the sides the whole image is resized and then cropped, as both references do. A 1 x 4000 image of
 # a few hundred bytes would take 600 MB that way, so beyond it only the region of the crop is resampled.
 _MAX_ASPECT = 100
+_LARGEST = float(np.finfo(np.float32).max)
 _PREMULTIPLIED = {"LA": "La", "RGBA": "RGBa"}
+
+# What turns the stored pixels upright, by EXIF orientation; 1 is upright already.
+_ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclass(frozen=True)
@@ -38,15 +50,18 @@ class Preprocess:
     - ``"huggingface"``: put transparency on white and convert to RGB first, crop at the floored centre.
       transformers' ``CLIPImageProcessorPil``.
 
-    Beyond an aspect ratio of 100 an opaque image may differ from the references by one grey level: only the part of the
-    image that is kept is resampled, in bounded memory.
+    Beyond an aspect ratio of 100 only the part of the image that is kept is resampled, in bounded memory. That rounds
+    differently: by a grey level or two where the image is opaque, and of a palette it may pick the pixel beside.
 
     Attributes:
         size: S, the side of the result in pixels.
         mean, std: per channel, on pixels from 0 to 1.
-        resample: the filter; bicubic in both references.
+        resample: the filter, as Pillow's constant, its number or its name; bicubic in both references.
         convention: ``"openai"`` or ``"huggingface"``.
         shortest_edge: the length the short side is resized to before the crop; ``size`` unless given.
+
+    Raises:
+        ConfigError: for a value that is of the wrong type or cannot work.
     """
 
     size: int = 224
@@ -59,14 +74,17 @@ class Preprocess:
     def __post_init__(self) -> None:
         if self.convention not in CONVENTIONS:
             raise ConfigError(f"unknown convention {self.convention!r}; miniclip knows {' and '.join(CONVENTIONS)}")
-        if self.size < 1:
-            raise ConfigError(f"size must be a positive number of pixels, got {self.size}")
+        if not _is_length(self.size):
+            raise ConfigError(f"size must be a positive number of pixels, got {self.size!r}")
+        if not _is_length(self._short):
+            raise ConfigError(f"shortest_edge must be a positive number of pixels, got {self._short!r}")
         if self._short < self.size:
             raise ConfigError(f"a short side of {self._short} pixels cannot be cropped to {self.size}")
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) != 3:
-                raise ConfigError(f"{name} must have 3 values, got {len(values)}")
-        if not all(value > 0 for value in self.std):
+        # One form for each value, so that equal settings compare and hash as equal.
+        object.__setattr__(self, "mean", _channels("mean", self.mean))
+        object.__setattr__(self, "std", _channels("std", self.std))
+        object.__setattr__(self, "resample", _resampling(self.resample))
+        if not min(self.std) > 0:
             raise ConfigError(f"std must be positive, got {self.std}")
 
     @overload
@@ -83,20 +101,8 @@ class Preprocess:
         if isinstance(images, (list, tuple)):
             if not images:
                 raise InputError("there are no images to preprocess: the list is empty")
-            return torch.stack([self(image) for image in images])
-        if not isinstance(images, Image.Image):
-            raise TypeError(
-                f"Preprocess takes a PIL image or a list of them, got {type(images).__name__}; "
-                "miniclip.open_image(path) opens a file, PIL.Image.fromarray(array) wraps an array"
-            )
-        if not (images.width and images.height):
-            raise InputError(f"the image is {images.width} x {images.height} pixels")
-        if self.convention == "openai":
-            pixels = self._resize_and_crop(images).convert("RGB")
-        else:
-            pixels = self._resize_and_crop(_on_white(images))
-        planes = np.asarray(pixels).transpose(2, 0, 1)  # (3, S, S)
-        return torch.from_numpy(np.stack([levels[plane] for levels, plane in zip(self._levels, planes)]))
+            return torch.stack([self._pixels(image) for image in images])
+        return self._pixels(images)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], convention: str = "openai") -> Preprocess:
@@ -107,35 +113,41 @@ class Preprocess:
         """
         for step in ("do_resize", "do_center_crop", "do_rescale", "do_normalize"):
             if not config.get(step, True):
-                raise ConfigError(f"preprocessor_config.json switches {step} off, CLIP's preprocessing has it on")
-        if abs(config.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
-            raise ConfigError(f"preprocessor_config.json has rescale_factor {config['rescale_factor']}, expected 1/255")
+                raise ConfigError(f"{step} is off, but CLIP's preprocessing has it on")
+        factor = config.get("rescale_factor", 1 / 255)
+        if not isinstance(factor, (int, float)) or not abs(factor * 255 - 1) < 1e-6:
+            raise ConfigError(f"rescale_factor must be 1/255, got {factor!r}")
         size, crop = config.get("size", 224), config.get("crop_size", 224)
         shortest_edge = size.get("shortest_edge") if isinstance(size, Mapping) else size
-        if not isinstance(shortest_edge, int):
-            raise ConfigError(f"preprocessor_config.json has size {size}, miniclip resizes a shortest_edge")
+        if not _is_length(shortest_edge) or (isinstance(size, Mapping) and size.get("longest_edge")):
+            raise ConfigError(f"size must be a shortest_edge in pixels and nothing else, got {size!r}")
         height, width = (crop.get("height"), crop.get("width")) if isinstance(crop, Mapping) else (crop, crop)
-        if not isinstance(height, int) or height != width:
-            raise ConfigError(f"preprocessor_config.json has crop_size {crop}, miniclip crops a square")
+        if not _is_length(height) or height != width:
+            raise ConfigError(f"crop_size must be a square in pixels, got {crop!r}")
         return cls(
             size=height,
-            mean=_channels("image_mean", config.get("image_mean", OPENAI_MEAN)),
-            std=_channels("image_std", config.get("image_std", OPENAI_STD)),
-            resample=_resampling(config.get("resample", Image.Resampling.BICUBIC)),
+            mean=config.get("image_mean", OPENAI_MEAN),
+            std=config.get("image_std", OPENAI_STD),
+            resample=config.get("resample", Image.Resampling.BICUBIC),
             convention=convention,
             shortest_edge=None if shortest_edge == height else shortest_edge,
         )
 
     @classmethod
     def from_open_clip(cls, config: Mapping[str, Any], size: int) -> Preprocess:
-        """Read the ``preprocess_cfg`` of an ``open_clip_config.json``, for a model of ``size`` pixels."""
+        """Read the ``preprocess_cfg`` of an ``open_clip_config.json``, for a model of ``size`` pixels.
+
+        Raises:
+            ConfigError: if it asks for steps that are not these ones.
+        """
+        config = {key: value for key, value in config.items() if value is not None}  # open_clip's null is the default
         if (mode := config.get("resize_mode", "shortest")) != "shortest":
-            raise ConfigError(f"open_clip_config.json has resize_mode {mode!r}, miniclip resizes the shortest side")
+            raise ConfigError(f"resize_mode must be 'shortest', got {mode!r}")
         return cls(
             size=size,
-            mean=_channels("mean", config.get("mean", OPENAI_MEAN)),
-            std=_channels("std", config.get("std", OPENAI_STD)),
-            resample=_resampling(config.get("interpolation", "bicubic")),
+            mean=config.get("mean", OPENAI_MEAN),
+            std=config.get("std", OPENAI_STD),
+            resample=config.get("interpolation", "bicubic"),
         )
 
     @property
@@ -158,23 +170,33 @@ class Preprocess:
         levels: np.ndarray = (scaled - mean) / std
         return levels
 
-    def _resize_and_crop(self, image: Image.Image) -> Image.Image:
-        short, size = self._short, self.size
-        width, height = image.size
-        if width <= height:
-            resized = (short, int(short * height / width))
-        else:
-            resized = (int(short * width / height), short)
+    def _pixels(self, image: object) -> Tensor:
+        if not isinstance(image, Image.Image):
+            raise TypeError(
+                f"Preprocess takes a PIL image or a list of them, got {type(image).__name__}; "
+                "miniclip.open_image(path) opens a file, PIL.Image.fromarray(array) wraps an array"
+            )
+        if not (image.width and image.height):
+            raise InputError(f"the image is {image.width} x {image.height} pixels")
         if self.convention == "openai":
-            left, top = (int(round((side - size) / 2.0)) for side in resized)
+            image = self._resize_and_crop(image).convert("RGB")
         else:
-            left, top = ((side - size) // 2 for side in resized)
-        if max(width, height) <= _MAX_ASPECT * min(width, height):
-            if resized != image.size:
-                image = image.resize(resized, self.resample)
-            return image.crop((left, top, left + size, top + size))
-        image_part = self._resize_center(image, resized, (left, top))
-        return image_part.convert(image.mode)
+            image = self._resize_and_crop(_on_white(image))
+        planes = np.asarray(image).transpose(2, 0, 1)  # (3, S, S)
+        return torch.from_numpy(np.stack([levels.take(plane) for levels, plane in zip(self._levels, planes)]))
+
+    def _resize_and_crop(self, image: Image.Image) -> Image.Image:
+        short, size, shortest = self._short, self.size, min(image.size)
+        width, height = (short if side == shortest else int(short * side / shortest) for side in image.size)
+        if self.convention == "openai":
+            left, top = round((width - size) / 2), round((height - size) / 2)
+        else:
+            left, top = (width - size) // 2, (height - size) // 2
+        if max(image.size) > _MAX_ASPECT * shortest:
+            return self._resize_center(image, (width, height), (left, top))
+        if (width, height) != image.size:
+            image = image.resize((width, height), self.resample)
+        return image.crop((left, top, left + size, top + size))
 
     def _resize_center(self, image: Image.Image, resized: tuple[int, int], corner: tuple[int, int]) -> Image.Image:
         """The square at ``corner`` of ``image`` resized to ``resized``, from the pixels that reach it alone."""
@@ -182,7 +204,7 @@ class Preprocess:
         for side, out, start in zip(image.size, resized, corner):
             scale = side / out
             first, last = start * scale, (start + self.size) * scale
-            margin = int(3 * max(scale, 1)) + 2  # no filter of Pillow reaches further than 3 pixels of the coarser grid
+            margin = int(5 * max(scale, 1)) + 2  # Pillow's filters reach up to 4.5 pixels of the coarser grid
             low, high = max(int(first) - margin, 0), min(int(last) + margin, side)
             spans.append((first - low, last - low))
             crop.append((low, high))
@@ -194,9 +216,11 @@ class Preprocess:
         # Each pass rounds to 8 bits, so their order shows. Pillow 13 starts across, except to shrink a tall image.
         if image.height > image.width and image.height > resized[1]:
             image_part = image_part.resize((width, self.size), self.resample, box=(0, top, width, bottom))
-            return image_part.resize((self.size, self.size), self.resample, box=(left, 0, right, self.size))
-        image_part = image_part.resize((self.size, height), self.resample, box=(left, 0, right, height))
-        return image_part.resize((self.size, self.size), self.resample, box=(0, top, self.size, bottom))
+            image_part = image_part.resize((self.size, self.size), self.resample, box=(left, 0, right, self.size))
+        else:
+            image_part = image_part.resize((self.size, height), self.resample, box=(left, 0, right, height))
+            image_part = image_part.resize((self.size, self.size), self.resample, box=(0, top, self.size, bottom))
+        return image_part.convert(image.mode)
 
 
 def open_image(path: str | os.PathLike[str]) -> Image.Image:
@@ -207,46 +231,75 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
 
     Raises:
         ImageError: naming the file, if it is missing, not an image, truncated, or too large to be decoded safely.
+        TypeError: if ``path`` is no path.
     """
+    os.fspath(path)
     try:
-        with Image.open(path) as image:
-            image.load()
-            image = ImageOps.exif_transpose(image)
+        with Image.open(path) as opened:
+            opened.load()
+            image = _upright(opened)
+            if image.mode != "F":
+                image = _on_white(_to_8_bits(image))
+                return image.copy() if image is opened else image  # a plain image, with nothing left of the file
     except FileNotFoundError:
         raise ImageError(path, "no such file") from None
     except IsADirectoryError:
         raise ImageError(path, "is a folder, not an image") from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise ImageError(path, "is not an image in a format Pillow knows") from None
     except Image.DecompressionBombError as error:
         raise ImageError(path, f"is too large to be decoded safely ({error})") from None
-    except (OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, IndexError, OverflowError) as error:
-        # Pillow's decoders meet damaged files with all of these.
-        raise ImageError(path, f"cannot be decoded ({error})") from error
-    if image.mode.startswith("I"):  # "I;16" and its byte orders; some formats deliver 16 bits as "I"
-        # Pillow's own conversion clips at 255, which leaves a 16-bit picture almost white.
-        levels = np.asarray(image).astype(np.int64).clip(0, 65535)
-        return Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ImageError(path, "holds floating-point pixels, whose range only you know: scale them to 8 bits first")
-    return _on_white(image)
+    except Exception as error:  # in a damaged file Pillow's decoders trip over anything, MemoryError included
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ImageError(path, f"cannot be read ({reason})") from error
+    raise ImageError(path, "holds floating-point pixels, whose range only you know: scale them to 8 bits first")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF orientation says.
+
+    Not by ``ImageOps.exif_transpose``: it also writes the EXIF block anew, which fails on many a real one.
+    """
+    try:
+        method = _ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # a picture whose metadata is damaged is still a picture
+        method = None
+    return image if method is None else image.transpose(method)
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Scale grey levels of 16 bits, whatever Pillow calls them: "I;16", its byte orders, or "I"."""
+    if not image.mode.startswith("I"):
+        return image
+    # Pillow's own conversion clips at 255, which leaves a 16-bit picture almost white.
+    levels = np.asarray(image).astype(np.int32).clip(0, 65535)
+    grey = ((levels * 255 + 32767) // 65535).astype(np.uint8)
+    grey[levels == image.info.get("transparency", -1)] = 255  # a PNG's transparent level, in 16 bits as well
+    return Image.fromarray(grey)
 
 
 def _on_white(image: Image.Image) -> Image.Image:
     """To RGB, with whatever is transparent showing white behind it."""
     if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _is_length(value: object) -> TypeGuard[int]:
+    """Whether it can be a number of pixels; True is an int to Python, but to nobody else."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _channels(name: str, values: object) -> tuple[float, float, float]:
-    if isinstance(values, (list, tuple)) and len(values) == 3 and all(isinstance(v, (int, float)) for v in values):
-        return (float(values[0]), float(values[1]), float(values[2]))
-    raise ConfigError(f"{name} must be three numbers, got {values!r}")
+    if not isinstance(values, (list, tuple)) or len(values) != 3:
+        raise ConfigError(f"{name} must be three numbers, got {values!r}")
+    if not all(isinstance(value, (int, float)) and abs(value) <= _LARGEST for value in values):  # NaN is not <=
+        raise ConfigError(f"{name} must be three finite numbers, got {values!r}")
+    return (float(values[0]), float(values[1]), float(values[2]))
 
 
-def _resampling(value: object) -> Image.Resampling:
+def _resampling(value: Any) -> Image.Resampling:
     """A filter by Pillow's number, as Hugging Face writes it, or by name, as open_clip does."""
     try:
         return Image.Resampling[value.upper()] if isinstance(value, str) else Image.Resampling(value)

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from functools import cache
 from heapq import heapify, heappop, heappush
 from importlib.resources import files
+from itertools import pairwise
 
 import ftfy
 import numpy as np
@@ -29,7 +30,6 @@ END_OF_WORD = "</w>"
 _WORD = regex.compile(
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE
 )
-_SPACE = regex.compile(r"\s+")
 
 # The cache is for the words that recur. Emptying it when full keeps it bounded without bookkeeping on every hit, and
 # a word too long to recur is not worth its memory.
@@ -117,7 +117,7 @@ class Tokenizer:
         merges, size = self._merges, len(ids)
         before, after = list(range(-1, size - 1)), list(range(1, size + 1))
         # Entries are id << 32 | position in one integer: comparing tuples is most of a heap's time.
-        heap = [merges[pair] << 32 | i for i, pair in enumerate(zip(ids, ids[1:])) if pair in merges]
+        heap = [merges[pair] << 32 | i for i, pair in enumerate(pairwise(ids)) if pair in merges]
         heapify(heap)
         while heap:
             entry = heappop(heap)
@@ -141,8 +141,7 @@ def _clean(text: str) -> str:
     # On printable ASCII without entities ftfy and unescape change nothing, and they are most of the time spent.
     if not (text.isascii() and text.isprintable() and "&" not in text):
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    # html.unescape may leave white space of its own at the ends, hence strip on both sides of the collapse, as OpenAI.
-    return _SPACE.sub(" ", text.strip()).strip().lower()
+    return text.lower()  # OpenAI also collapses and strips white space, but no word holds any
 
 
 @cache
