@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import make_reference
+from test_hub import FakeHub
 from torch import Tensor, nn
 from transformers import CLIPModel
 
@@ -265,6 +270,52 @@ def test_a_known_model_in_the_cache_is_validated_on_its_weights(
         model, preprocess, reference = pair.load("cpu", torch.float32)
         assert str(tmp_path) in str(reference.config._name_or_path) or reference.config._name_or_path == theirs.repo
         assert first_drift(validate.compare(model, reference, preprocess)) is None
+
+
+DOWNLOAD = """
+import sys
+import huggingface_hub, miniclip, validate
+from miniclip import hub
+
+config = miniclip.load(sys.argv[1], "cpu")[0].config
+hub.KNOWN["ViT-B/16"] = hub.KnownModel(config, (hub.Source("timm/tiny", sys.argv[2], "open_clip_model.safetensors"),))
+validate.REFERENCES["ViT-B/16"] = hub.Source("openai/tiny", "main", "pytorch_model.bin")
+command = ["--model", "ViT-B/16", "--device", "cpu"]
+status = validate.main([*command, "--download"])
+print("and without network:", flush=True)
+huggingface_hub.constants.HF_HUB_OFFLINE = True
+sys.exit(status or validate.main(command))
+"""
+
+
+def test_downloaded_weights_are_two_copies_of_one_model(tiny: Path, reference: CLIPModel, tmp_path: Path) -> None:
+    """As for ViT-B/16: transformers reads its own pickle, miniclip a safetensors file in OpenAI's layout."""
+    server = FakeHub(tmp_path / "unused")
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    model, _ = miniclip.load(tiny, "cpu")
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    ours = server.add("timm/tiny", {"open_clip_model.safetensors": safetensors.torch.save(state)})
+    pickle = io.BytesIO()
+    torch.save(reference.state_dict(), pickle)
+    server.add(
+        "openai/tiny", {"pytorch_model.bin": pickle.getvalue(), "config.json": (tiny / "config.json").read_bytes()}
+    )
+    settings = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
+    env = {**os.environ, **settings, "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(Path(validate.__file__).parent)}
+
+    command = [sys.executable, "-c", DOWNLOAD, str(tiny), ours]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    server.shutdown()
+    server.server_close()
+    assert done.returncode == 0, done.stderr
+    assert "downloading pytorch_model.bin of openai/tiny: 10 MB" in done.stderr
+    assert "downloading open_clip_model.safetensors of timm/tiny: 10 MB" in done.stderr
+    online, offline = done.stdout.split("and without network:")
+    for output in (online, offline):
+        assert "OpenAI's weights, transformers reading openai/tiny's pytorch_model.bin" in output
+        assert "DRIFTS" not in output
+    fetched = [request.path for request in server.requests if request.method == "GET"]
+    assert len(fetched) == len(set(fetched)) == 3  # two files of weights and a configuration, once
 
 
 def test_published_numbers_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
