@@ -14,10 +14,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # validate.py makes the c
 
 import torch
 import transformers
-import validate
 from transformers import CLIPModel
 
 import miniclip
+import validate
 from miniclip import hub
 
 RUNS = 15

@@ -1,7 +1,7 @@
 """miniclip: OpenAI's CLIP for inference, small enough to read and validated against transformers.
 
-    import miniclip
-    model, preprocess = miniclip.load("ViT-B/32")
+import miniclip
+model, preprocess = miniclip.load("ViT-B/32")
 """
 
 from miniclip.config import CLIPConfig

@@ -243,30 +243,8 @@ def read_header(path: Path) -> dict[str, Entry]:
         CheckpointError: if the file is truncated, padded, or not safetensors.
         OSError: if it cannot be opened.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: is not a file")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if start == b"version ":
-            raise CheckpointError(f"{path}: is Git LFS's stand-in for the weights; `git lfs pull` fetches them")
-        if size < 8 or length > size - 8:
-            raise CheckpointError(
-                f"{path}: truncated or not safetensors: the file has {size} bytes, its header needs "
-                f"{8 + length if size >= 8 else 8}"
-            )
-        if length > _LARGEST_HEADER:
-            raise CheckpointError(f"{path}: not safetensors: its header would have {length} bytes")
-        text = file.read(length)
-    try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: its header is damaged, or it is not safetensors ({error})") from None
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: its header is damaged, or it is not safetensors (a JSON object is expected)")
+    header, start = _read_json_header(path)
     header.pop("__metadata__", None)
-
     entries: dict[str, Entry] = {}
     spans: list[tuple[int, int, str]] = []
     for name, info in header.items():
@@ -284,8 +262,8 @@ def read_header(path: Path) -> dict[str, Entry]:
         if first != end:
             raise CheckpointError(f"{path}: damaged: {name} starts at byte {first}, the tensor before it ends at {end}")
         end = last
-    if size != 8 + length + end:
-        raise CheckpointError(f"{path}: damaged: the file has {size} bytes, its header needs {8 + length + end}")
+    if (size := path.stat().st_size) != start + end:
+        raise CheckpointError(f"{path}: damaged: the file has {size} bytes, its header needs {start + end}")
     return entries
 
 
@@ -379,6 +357,33 @@ def _read_entries(path: Path) -> dict[str, Entry]:
 
 
 # -- reading headers --------------------------------------------------------------------------------------------------
+
+
+def _read_json_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header as it stands, and the byte behind it."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: is not a file")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(8)
+        length = int.from_bytes(first, "little")
+        if first == b"version ":
+            raise CheckpointError(f"{path}: is Git LFS's stand-in for the weights; `git lfs pull` fetches them")
+        if size < 8 or length > size - 8:
+            raise CheckpointError(
+                f"{path}: truncated or not safetensors: the file has {size} bytes, its header needs "
+                f"{8 + length if size >= 8 else 8}"
+            )
+        if length > _LARGEST_HEADER:
+            raise CheckpointError(f"{path}: not safetensors: its header would have {length} bytes")
+        text = file.read(length)
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its header is damaged, or it is not safetensors ({error})") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: its header is damaged, or it is not safetensors (a JSON object is expected)")
+    return header, 8 + length
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -236,11 +236,15 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
     os.fspath(path)
     try:
         with Image.open(path) as opened:
+            if opened.format == "EPS":
+                raise ImageError(path, "is PostScript, a program that Pillow would have Ghostscript run")
             opened.load()
             image = _upright(opened)
             if image.mode != "F":
                 image = _on_white(_to_8_bits(image))
                 return image.copy() if image is opened else image  # a plain image, with nothing left of the file
+    except ImageError:
+        raise
     except FileNotFoundError:
         raise ImageError(path, "no such file") from None
     except IsADirectoryError:

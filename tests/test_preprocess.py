@@ -74,7 +74,8 @@ def test_equal_to_torchvision_with_other_settings(setting: str) -> None:
 @pytest.mark.parametrize("mode", ALL_MODES)
 def test_equal_to_transformers(mode: str) -> None:
     processor, preprocess = CLIPImageProcessorPil(), Preprocess(convention="huggingface")
-    for size in SIZES if mode in MODES else SIZES[::5]:
+    every = 1 if mode in ("RGB", "RGBA", "P") else 2 if mode in MODES else 5
+    for size in SIZES[::every]:
         image = picture(mode, *size)
         expected = processor(image, return_tensors="pt")["pixel_values"][0]
         assert torch.equal(preprocess(image), expected), size
@@ -769,3 +770,10 @@ def test_damaged_files_open_or_are_refused(tmp_path: Path, monkeypatch: pytest.M
         assert handles[-1].closed
     assert all(error.path == path for error in errors)
     assert 100 < len(errors) < 290
+
+
+def test_postscript_is_not_run(tmp_path: Path) -> None:
+    path = tmp_path / "picture.eps"
+    Image.new("RGB", (4, 4), "red").save(path)
+    with pytest.raises(ImageError, match=r"picture\.eps: is PostScript"):
+        open_image(path)
