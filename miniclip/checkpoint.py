@@ -336,15 +336,9 @@ def _read_entries(path: Path) -> dict[str, Entry]:
     _refuse_pickle(path)
     if not path.name.endswith(".index.json"):
         return read_header(path)
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise CheckpointError(f"{path}: has no weight_map of tensor names to file names")
+    weight_map = _weight_map(path)
     entries: dict[str, Entry] = {}
-    for shard in sorted(set(weight_map.values())):
-        # The name is judged, not where it leads: in the Hub's cache every file is a link out of its folder.
-        if shard in ("", ".", "..") or re.search(r"[/\\:]", shard):
-            raise CheckpointError(f"{path}: the shard name {shard!r} leaves the folder")
-        _refuse_pickle(path.parent / shard)
+    for shard in shard_names(path):
         if not (path.parent / shard).is_file():
             raise CheckpointError(f"{path}: the shard {shard!r} is missing")
         for name, entry in read_header(path.parent / shard).items():
@@ -354,6 +348,29 @@ def _read_entries(path: Path) -> dict[str, Entry]:
     if lost := [name for name in weight_map if name not in entries]:
         raise CheckpointError(f"{path}: {len(lost)} tensors are not in the shards the index names ({_some(lost)})")
     return entries
+
+
+def shard_names(path: Path) -> list[str]:
+    """The files that an index names, all of them in its own folder.
+
+    Raises:
+        CheckpointError: for a name that leads elsewhere, or to a pickle.
+        ConfigError: if the index is not JSON.
+    """
+    shards = sorted(set(_weight_map(path).values()))
+    for shard in shards:
+        # The name is judged, not where it leads: in the Hub's cache every file is a link out of its folder.
+        if shard in ("", ".", "..") or re.search(r"[/\\:]", shard):
+            raise CheckpointError(f"{path}: the shard name {shard!r} leaves the folder")
+        _refuse_pickle(path.parent / shard)
+    return shards
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"{path}: has no weight_map of tensor names to file names")
+    return weight_map
 
 
 # -- reading headers --------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from miniclip.checkpoint import WEIGHTS, pickle_refusal, read_json
+from miniclip.checkpoint import WEIGHTS, pickle_refusal, shard_names
 from miniclip.config import CLIPConfig, TextConfig, VisionConfig
 from miniclip.errors import CheckpointError, DownloadError, UnknownModelError
 
@@ -255,12 +255,8 @@ def _cached_repository(repo: str, revision: str, cache_dir: str | Path | None) -
 
 
 def _shards(path: Path) -> list[str]:
-    """The files an index names, if ``path`` is one. What is not a plain file name is left to its reader to refuse."""
-    if not path.name.endswith(".index.json"):
-        return []
-    weight_map = read_json(path).get("weight_map")
-    shards = {str(shard) for shard in weight_map.values()} if isinstance(weight_map, dict) else ()
-    return sorted(shard for shard in shards if re.fullmatch(r"[\w.-]+\.safetensors", shard))
+    """The other files that belong to the weights, if ``path`` is an index."""
+    return shard_names(path) if path.name.endswith(".index.json") else []
 
 
 def _remember(path: Path, revision: str) -> None:
