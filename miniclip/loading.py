@@ -115,9 +115,7 @@ def _device(device: str | torch.device | None) -> torch.device:
         chosen = torch.device(device)
     except (RuntimeError, TypeError):
         chosen = torch.device("meta")  # refused below
-    if chosen.type == "cpu":
-        return torch.device("cpu")  # torch accepts "cpu:1" and means the same
-    if chosen.type == "mps" and torch.backends.mps.is_available():
+    if chosen.type == "cpu" or (chosen.type == "mps" and torch.backends.mps.is_available()):
         return chosen
     if chosen.type == "cuda" and torch.cuda.is_available():
         # "cuda" and "cuda:0" are one device under two names that do not compare equal

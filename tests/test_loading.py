@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import miniclip
-from miniclip import CheckpointError, ConfigError, Preprocess, UnknownModelError, hub
+from miniclip import CLIP, CheckpointError, ConfigError, Preprocess, UnknownModelError, hub, loading
 from miniclip.checkpoint import open_checkpoint
 from miniclip.config import CLIPConfig
 from miniclip.errors import MiniclipError
@@ -279,6 +279,19 @@ def test_loading_draws_no_random_numbers(tiny: Path, state: dict[str, Tensor]) -
     before = torch.get_rng_state()
     assert loads(tiny, state)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_model_is_built_without_memory(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+
+    class Spy(CLIP):
+        def __init__(self, config: CLIPConfig) -> None:
+            super().__init__(config)
+            built.append({tensor.device.type for tensor in self.state_dict().values()})
+
+    monkeypatch.setattr(loading, "CLIP", Spy)
+    miniclip.load(tiny, "cpu")
+    assert built == [{"meta"}]
 
 
 def file_positions(path: Path) -> dict[str, int]:
