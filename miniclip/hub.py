@@ -174,7 +174,9 @@ def fetch_repository(repo: str, revision: str = "main", cache_dir: str | Path | 
         raise _not_downloaded(repo, cache_dir, error) from None
     commit = info.sha or revision
     names = {sibling.rfilename for sibling in info.siblings or ()}
-    weights = next((name for name in WEIGHTS if name in names), None)
+    # timm's repositories keep the image tower alone in model.safetensors, the CLIP in open_clip_model.safetensors
+    order = reversed(WEIGHTS) if "open_clip_config.json" in names else WEIGHTS
+    weights = next((name for name in order if name in names), None)
     if weights is None:
         for name in sorted(names):
             if refusal := pickle_refusal(name):

@@ -741,11 +741,15 @@ def test_an_open_clip_repository(server: FakeHub, tiny: Path) -> None:
     files = {
         "open_clip_config.json": json.dumps(config).encode(),
         "open_clip_model.safetensors": safetensors.torch.save(expected.state_dict()),
+        # as in timm's repositories: the image tower alone, under names that are no CLIP's, and timm's configuration
+        "model.safetensors": safetensors.torch.save({"patch_embed.proj.weight": torch.zeros(64, 3, 8, 8)}),
+        "config.json": json.dumps({"architecture": "vit_tiny"}).encode(),
     }
     server.add("owner/name", files)
     model, preprocess = miniclip.load("owner/name", "cpu")
     assert same(model, expected)
     assert preprocess.mean == (0.1, 0.2, 0.3)
+    assert len(server.asked("GET", "/cdn/")) == 1
 
 
 def test_a_revision_is_a_branch_a_tag_or_a_commit(server: FakeHub, folder: dict[str, bytes]) -> None:
