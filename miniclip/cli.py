@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,12 +24,16 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns its exit status: 0, 1 if something failed, 2 for a wrong command line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A file name need not be valid text, and a pipe need not have every letter of a label.
+            utf8 = stream.encoding.lower().replace("-", "") == "utf8"
+            stream.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
     options = _parser().parse_args(arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # a file name need not be valid text
     try:
         status: int = options.run(options)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # None where it was closed before we started
+            sys.stdout.flush()
         return status
     except MiniclipError as error:
         print(f"miniclip: {error}", file=sys.stderr)
@@ -38,8 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         # Whoever read our output has had enough, as `head` does. Python would complain once more at exit.
-        sys.stdout = open("/dev/null", "w") if sys.platform != "win32" else sys.stdout  # noqa: SIM115
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return 0
+    except OSError as error:  # no space left for our output
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        print(f"miniclip: the output could not be written ({error.strerror})", file=sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,8 +62,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Say which of the labels each picture shows, with probabilities.",
     )
     classify.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
-    classify.add_argument("--labels", nargs="+", required=True, metavar="LABEL", help="what it may be: two or more")
-    classify.add_argument("--model", default="ViT-B/32", metavar="NAME_OR_PATH", help="a name, path or Hub repository")
+    classify.add_argument(
+        "--labels", nargs="+", required=True, metavar="LABEL", help="what it may be, as it stands in the template"
+    )
+    classify.add_argument(
+        "--model", default="ViT-B/32", metavar="NAME_OR_PATH", help="name, path or Hub repository (default: ViT-B/32)"
+    )
     classify.add_argument(
         "--template",
         nargs="+",
@@ -63,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         help='the prompt around a label; several are averaged (default: "a photo of a {}.")',
     )
     classify.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:N or mps (default: cuda if there is one)")
-    classify.add_argument("--dtype", choices=_DTYPES, help="float32 (default on the CPU), float16 (on CUDA), …")
+    classify.add_argument("--dtype", choices=_DTYPES, help="default: float32 on the CPU, float16 on CUDA")
     classify.add_argument("--json", action="store_true", help="print a list of {image, labels: [{label, probability}]}")
     classify.set_defaults(run=_classify)
 
@@ -87,9 +100,9 @@ def _classify(options: argparse.Namespace) -> int:
             labels = [{"label": label, "probability": probability} for label, probability in answer]
             results.append({"image": path, "labels": labels})
         else:
-            print("\n".join(_lines(path, answer, bars=sys.stdout.isatty())), flush=True)
+            print("\n".join(_lines(path, answer, bars=sys.stdout is not None and sys.stdout.isatty())), flush=True)
     if options.json:
-        print(json.dumps(results, indent=2))  # ASCII, so that any file name survives any encoding
+        print(json.dumps(results, indent=2, allow_nan=False))  # ASCII, so that any file name survives any encoding
     return 1 if failed else 0
 
 

@@ -319,7 +319,7 @@ def _changed(tower: Tower, **changes: Any) -> Tower:
 
 
 def _usual_heads(tower: str, width: int) -> int:
-    # Of these widths are the image towers of ViT-H, g, bigG and e, whose heads are 80, 88, 104 and 112 wide.
+    # These are the widths of the image towers of ViT-H, g, bigG and e, whose heads are 80, 88, 104 and 112 wide.
     if width % 64 or (tower == "image" and width in (1280, 1408, 1664, 1792)):
         raise ConfigError(
             "no configuration of a CLIP lies beside these weights, and no tensor tells the attention heads of their "
@@ -358,8 +358,8 @@ def _activation(name: str, value: object) -> str:
 
 
 def _epsilon(name: str, value: object) -> float:
-    if not isinstance(value, float) or not 0 <= value < math.inf:
-        raise ConfigError(f"{name} must be a finite number of at least 0.0, got {reprlib.repr(value)}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ConfigError(f"{name} must be a finite number of at least 0, got {reprlib.repr(value)}")
     return value
 
 

@@ -183,22 +183,32 @@ def fetch_repository(repo: str, revision: str = "main", cache_dir: str | Path | 
                 raise CheckpointError(f"{repo}: has no safetensors; {refusal}")
         raise CheckpointError(f"{repo}: holds no weights; expected one of {', '.join(WEIGHTS)}")
 
-    def get(name: str) -> Path:
-        source = Source(repo, commit, name)
-        try:
-            return _cached(source, cache_dir) or _download(source, cache_dir, what=repo)
-        except _Refused as error:
-            raise DownloadError(f"{repo}: {name} cannot be had ({error})") from None
-
     for name in _SETTINGS:
         if name in names:
-            get(name)
-    path = get(weights)
+            fetch(Source(repo, commit, name), cache_dir)
+    path = fetch(Source(repo, commit, weights), cache_dir)
     for shard in _shards(path):
         if shard in names:  # one the repository lacks is reported by the one who reads the index
-            get(shard)
+            fetch(Source(repo, commit, shard), cache_dir)
     _remember(path, revision)
     return path.parent
+
+
+def is_cached(source: Source) -> bool:
+    """Whether a file is, undamaged, in the Hub's cache; asks no network."""
+    return _cached(source, None) is not None
+
+
+def fetch(source: Source, cache_dir: str | Path | None = None) -> Path:
+    """One file, from the cache or the Hub.
+
+    Raises:
+        DownloadError: if it cannot be had, or arrives with the wrong checksum.
+    """
+    try:
+        return _cached(source, cache_dir) or _download(source, cache_dir, what=source.repo)
+    except _Refused as error:
+        raise DownloadError(f"{source.repo}: {source.filename} cannot be had ({error})") from None
 
 
 class _Refused(Exception):

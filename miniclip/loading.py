@@ -65,14 +65,17 @@ def load(
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
 
+    if dtype == torch.float64 and torch_device.type == "mps":
+        raise ConfigError("MPS has no float64")
     known, path = _find(name, download_root)
     checkpoint = open_checkpoint(path)
     config = known.config.override(activation, heads) if known else checkpoint.clip_config(activation, heads)
     size = config.vision.image_size
     preprocess = Preprocess(size) if known else _preprocess(checkpoint, size)
-    with torch.device("meta"):  # no memory and no random initialisation: the file provides every number
-        model = CLIP(config)
-    checkpoint.fill(model, dtype, torch_device)
+    with torch.inference_mode(False):  # parameters made in it could never require grad
+        with torch.device("meta"):  # no memory and no random initialisation: the file provides every number
+            model = CLIP(config)
+        checkpoint.fill(model, dtype, torch_device)
     model.fast = fast
     return model.eval().requires_grad_(False), preprocess
 
@@ -82,6 +85,8 @@ def _find(
 ) -> tuple[hub.KnownModel | None, Path]:
     """What a name means: a known model with the path of its weights, or a path alone."""
     text = os.fspath(name)
+    if not isinstance(text, str):
+        raise TypeError(f"name must be a str or a path, got {type(name).__name__}")
     if os.path.exists(path := os.path.expanduser(text)):  # unlike Path.exists, false for what no file can be called
         return None, Path(path)
     cache_dir = Path(download_root).expanduser() if download_root is not None else None

@@ -20,8 +20,11 @@ def contrastive_loss(logits_per_image: Tensor) -> Tensor:
         A scalar: the mean of the loss of finding each image's text and the loss of finding each text's image.
 
     Raises:
-        InputError: if the logits are not a square matrix of at least one pair.
+        InputError: if the logits are not a square floating-point matrix of at least one pair.
     """
+    if not isinstance(logits_per_image, Tensor) or not logits_per_image.is_floating_point():
+        kind = logits_per_image.dtype if isinstance(logits_per_image, Tensor) else type(logits_per_image).__name__
+        raise InputError(f"the loss takes a tensor of floating-point logits, got {kind}")
     if logits_per_image.ndim != 2 or len(set(logits_per_image.shape)) != 1 or not len(logits_per_image):
         raise InputError(f"the loss takes (N, N) logits of N image-text pairs, got {tuple(logits_per_image.shape)}")
     target = torch.arange(len(logits_per_image), device=logits_per_image.device)

@@ -120,6 +120,7 @@ class TextTransformer(nn.Module):
 
     def __init__(self, clip: CLIP) -> None:
         super().__init__()
+        self.training = clip.training
         self.end_of_text = clip.config.text.end_of_text
         self.token_embedding = clip.token_embedding
         self.positional_embedding = clip.positional_embedding
@@ -174,7 +175,7 @@ class CLIP(nn.Module):
 
     @property
     def text(self) -> TextTransformer:
-        """The text tower as one module, sharing this model's parameters."""
+        """The text tower as one module, sharing this model's parameters. Made anew each time: keep what you compile."""
         return TextTransformer(self)
 
     def encode_image(self, image: Tensor) -> Tensor:
@@ -192,7 +193,9 @@ class CLIP(nn.Module):
             InputError: if the ids have another shape, dtype or device, are outside the vocabulary, or a row lacks
                 its end token.
         """
-        lengths = self._check_tokens(text)
+        # A trace or an export would keep this batch's lengths and verdicts for good.
+        traced = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        lengths = [] if traced else self._check_tokens(text)
         if self.fast and lengths:
             # Exact: under the causal mask nothing behind the end token reaches the position that is pooled.
             text = text[:, : max(lengths)]

@@ -105,7 +105,7 @@ class Preprocess:
         return self._pixels(images)
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any], convention: str = "openai") -> Preprocess:
+    def from_hf(cls, config: Mapping[str, Any]) -> Preprocess:
         """Read the contents of a ``preprocessor_config.json``.
 
         Raises:
@@ -129,7 +129,6 @@ class Preprocess:
             mean=config.get("image_mean", OPENAI_MEAN),
             std=config.get("image_std", OPENAI_STD),
             resample=config.get("resample", Image.Resampling.BICUBIC),
-            convention=convention,
             shortest_edge=None if shortest_edge == height else shortest_edge,
         )
 
@@ -227,7 +226,7 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
     """Open a picture file as a person would see it: an RGB image.
 
     Upright by its EXIF orientation, transparency on white, 16 bits per channel scaled to 8, the first frame of an
-    animation. (PIL's ``Image.open`` does none of these, and neither does openai/CLIP.)
+    animation. (PIL's ``Image.open`` does the last alone, and openai/CLIP takes what it gives.)
 
     Raises:
         ImageError: naming the file, if it is missing, not an image, truncated, or too large to be decoded safely.

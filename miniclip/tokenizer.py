@@ -13,6 +13,7 @@ from functools import cache
 from heapq import heapify, heappop, heappush
 from importlib.resources import files
 from itertools import pairwise
+from operator import index
 
 import ftfy
 import numpy as np
@@ -35,6 +36,8 @@ _WORD = regex.compile(
 # a word too long to recur is not worth its memory.
 _CACHE_WORDS = 100_000
 _CACHE_LETTERS = 40
+
+_LONGEST_CONTEXT = 2**18
 
 
 @cache
@@ -77,7 +80,13 @@ class Tokenizer:
         return len(self._tokens)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without start and end tokens."""
+        """The ids of a text, without start and end tokens.
+
+        Raises:
+            TypeError: if it is not a string.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"text must be a str, got {type(text).__name__}")
         cached = self._cache
         ids: list[int] = []
         for word in _WORD.findall(_clean(text)):
@@ -94,13 +103,17 @@ class Tokenizer:
         """The text that ids stand for: lower case, a space after every word, special tokens spelled out.
 
         Raises:
-            InputError: for an id outside the vocabulary.
+            InputError: for an id outside the vocabulary, or what is not an id.
         """
         symbols = []
-        for i in map(int, ids):
-            if not 0 <= i < len(self._tokens):
-                raise InputError(f"token id {i} is outside the vocabulary of {len(self._tokens)}")
-            symbols.append(self._tokens[i])
+        for i in ids.tolist() if isinstance(ids, Tensor) else ids:
+            try:
+                number = index(i)
+            except TypeError:
+                raise InputError(f"decode takes the ids of one text, got {type(i).__name__} among them") from None
+            if not 0 <= number < len(self._tokens):
+                raise InputError(f"token id {number} is outside the vocabulary of {len(self._tokens)}")
+            symbols.append(self._tokens[number])
         data = bytes(self._bytes[symbol] for symbol in "".join(symbols))
         return data.decode("utf-8", errors="replace").replace(END_OF_WORD, " ")
 
@@ -163,10 +176,14 @@ def tokenize(texts: str | Iterable[str], context_length: int = 77, truncate: boo
     Raises:
         TextTooLongError: (a ValueError and a RuntimeError) if a text does not fit and ``truncate`` is False.
         TypeError: if a text is not a string.
-        InputError: if ``context_length`` cannot hold the start and end tokens.
+        InputError: if ``context_length`` cannot hold the start and end tokens, or no model has it.
     """
-    if context_length < 2:
-        raise InputError(f"context_length {context_length} cannot hold a start and an end token")
+    if not isinstance(context_length, int) or not 2 <= context_length <= _LONGEST_CONTEXT:
+        raise InputError(
+            f"context_length must be from 2, a start and an end token, to {_LONGEST_CONTEXT}, got {context_length!r}"
+        )
+    if isinstance(texts, bytes) or not isinstance(texts, Iterable):
+        raise TypeError(f"texts must be a str or an iterable of them, got {type(texts).__name__}")
     texts = [texts] if isinstance(texts, str) else list(texts)
     tokenizer = _tokenizer()
     result = np.zeros((len(texts), context_length), dtype=np.int32)

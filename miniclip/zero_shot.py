@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import overload
@@ -52,8 +53,9 @@ class ZeroShotClassifier:
         self.preprocess = preprocess
         self.labels = _strings("labels", labels)
         self.templates = _strings("templates", templates)
-        if twice := sorted({label for label in self.labels if self.labels.count(label) > 1}):
-            raise InputError(f"the label {twice[0]!r} is given {self.labels.count(twice[0])} times")
+        for label, times in Counter(self.labels).items():
+            if times > 1:
+                raise InputError(f"the label {label!r} is given {times} times")
         for template in self.templates:
             if "{}" not in template:
                 raise InputError(f"the template {template!r} has no {{}} for the label to go")
@@ -81,15 +83,29 @@ class ZeroShotClassifier:
 
     @torch.no_grad()
     def probabilities(self, pixels: Tensor) -> Tensor:
-        """Preprocessed images (N, 3, S, S) -> float32 (N, labels): the softmax over the labels, in the order given."""
-        embeddings = F.normalize(self.model.encode_image(pixels.to(self.model.device)), dim=1)  # (N, D)
-        logits = self.model.logit_scale.exp() * embeddings @ self.weights.T  # (N, labels)
+        """Preprocessed images (N, 3, S, S) -> float32 (N, labels): the softmax over the labels, in the order given.
+
+        Raises:
+            InputError: for pixels the model does not take, or whose similarities are not finite.
+        """
+        if isinstance(pixels, Tensor):
+            pixels = pixels.to(self.model.device)
+        embeddings = F.normalize(self.model.encode_image(pixels), dim=1)  # (N, D)
+        logits = self.model.logit_scale.exp() * embeddings @ self.weights.to(embeddings).T  # (N, labels)
+        for image, finite in enumerate(logits.isfinite().all(dim=1).tolist()):
+            if not finite:
+                raise InputError(
+                    f"the similarities of image {image} are not finite: the pixels or the weights hold NaN or "
+                    f"infinity, or overflow in {logits.dtype}"
+                )
         return logits.float().softmax(dim=1)
 
 
 def _strings(name: str, values: Sequence[str]) -> tuple[str, ...]:
     if isinstance(values, str):
         raise InputError(f"{name} must be a list of strings, got the single string {values!r}")
+    if not isinstance(values, Iterable):
+        raise InputError(f"{name} must be a list of strings, got {type(values).__name__}")
     values = tuple(values)
     if not values:
         raise InputError(f"{name} must hold at least one string")

@@ -14,6 +14,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -266,7 +267,7 @@ def test_a_config_means_what_transformers_does(name: str) -> None:
     config = HF_CONFIGS[name]
     before = json.dumps(config)
     processor = CLIPImageProcessorPil(**{key: value for key, value in config.items() if not key.endswith("_type")})
-    preprocess = Preprocess.from_hf(json.loads(before), convention="huggingface")
+    preprocess = replace(Preprocess.from_hf(json.loads(before)), convention="huggingface")
     for size in ((100, 75), (75, 103), (20, 31)):
         image = picture("RGB", *size)
         assert torch.equal(preprocess(image), processor(image, return_tensors="pt")["pixel_values"][0]), size

@@ -358,7 +358,7 @@ def test_other_context_lengths() -> None:
 
 @pytest.mark.parametrize("length", [1, 0, -5])
 def test_a_context_without_room(length: int) -> None:
-    with pytest.raises(InputError, match=f"context_length {length} cannot hold a start and an end token"):
+    with pytest.raises(InputError, match=f"from 2, a start and an end token, to 262144, got {length}"):
         tokenize("a cat", context_length=length)
 
 

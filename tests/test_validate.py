@@ -238,10 +238,10 @@ def test_a_known_model_without_weights_gets_a_seeded_checkpoint(
     small = hub.KnownModel(miniclip.load(tiny, "cpu")[0].config, hub.KNOWN["ViT-B/16"].sources)
     monkeypatch.setitem(hub.KNOWN, "ViT-B/16", small)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with validate.weights_for("openai/clip-vit-base-patch16", download=False) as pair:
+    with validate.weights_for("ViT-B/16", download=False) as pair:
         assert "seeded" in pair.description
         assert "not in the cache" in pair.description
-        model, preprocess, reference = pair.load("cpu", torch.float32)
+        model, preprocess, reference, _ = pair.load("cpu", torch.float32)
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 assert not torch.any(parameter == 0), name
@@ -255,7 +255,8 @@ def test_a_known_model_in_the_cache_is_validated_on_its_weights(
 ) -> None:
     """Two copies under the names the Hub's cache would give them; each side reads its own."""
     ours = hub.Source("somebody/clip", "1" * 40, "model.safetensors")
-    theirs = validate.REFERENCES["ViT-B/32"]
+    theirs = hub.Source("openai/clip", "2" * 40, "model.safetensors")
+    monkeypatch.setitem(validate.REFERENCES, "ViT-B/32", theirs)
     for source in (ours, theirs):
         snapshot = tmp_path / f"models--{source.repo.replace('/', '--')}" / "snapshots" / source.revision
         snapshot.mkdir(parents=True)
@@ -267,7 +268,7 @@ def test_a_known_model_in_the_cache_is_validated_on_its_weights(
     with validate.weights_for("ViT-B/32", download=False) as pair:
         assert pair.real
         assert theirs.repo in pair.description
-        model, preprocess, reference = pair.load("cpu", torch.float32)
+        model, preprocess, reference, _ = pair.load("cpu", torch.float32)
         assert str(tmp_path) in str(reference.config._name_or_path) or reference.config._name_or_path == theirs.repo
         assert first_drift(validate.compare(model, reference, preprocess)) is None
 
