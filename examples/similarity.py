@@ -1,6 +1,6 @@
 """Draw how similar a model finds every picture to every caption, as a matrix with the pictures along its top.
 
-    python examples/similarity.py                        eight photographs that scikit-image ships
+    python examples/similarity.py                        eight pictures that scikit-image ships
     python examples/similarity.py --folder my_photos     your own: my_photos/captions.csv holds image,caption
 
 A CLIP that understands both has its brightest cells on the diagonal.
@@ -21,7 +21,7 @@ import miniclip
 matplotlib.use("Agg")  # a file is drawn, no window
 import matplotlib.pyplot as plt
 
-# scikit-image's name of each photograph, and what a person would say it shows
+# scikit-image's name of each picture, and what a person would say it shows
 CAPTIONS = {
     "astronaut": "a smiling astronaut in an orange space suit",
     "chelsea": "the face of a tabby cat",
@@ -50,8 +50,13 @@ def captioned_folder(folder: Path) -> tuple[list[Image.Image], list[str]]:
         raise SystemExit(f"similarity.py: {folder} has no captions.csv with the columns image,caption") from None
     except KeyError as missing:
         raise SystemExit(f"similarity.py: {folder / 'captions.csv'} has no column {missing}") from None
+    except UnicodeDecodeError as error:
+        raise SystemExit(f"similarity.py: {folder / 'captions.csv'} is not UTF-8 ({error.reason})") from None
     if not rows:
         raise SystemExit(f"similarity.py: {folder / 'captions.csv'} lists no pictures")
+    for number, (image, caption) in enumerate(rows, start=2):  # the first line is the heading
+        if not image or not caption:
+            raise SystemExit(f"similarity.py: {folder / 'captions.csv'} has no image or no caption in line {number}")
     return [miniclip.open_image(folder / image) for image, _ in rows], [caption for _, caption in rows]
 
 
@@ -101,6 +106,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("similarity.png"), help="the PNG (default: similarity.png)")
     options = parser.parse_args()
 
+    if not options.out.resolve().parent.is_dir():
+        raise SystemExit(f"similarity.py: there is no folder {options.out.resolve().parent}")
     photos, captions = captioned_folder(options.folder) if options.folder else sample_photos()
     model, preprocess = miniclip.load(options.model)
     matrix = similarities(model, preprocess(photos), miniclip.tokenize(captions, model.context_length))

@@ -156,6 +156,34 @@ def test_output_cut_short_by_its_reader_is_no_error(tiny: Path, photo: Path) -> 
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_letters_the_pipe_does_not_have_are_escaped(tiny: Path, photo: Path, encoding: str) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "miniclip",
+        "classify",
+        str(photo),
+        "--labels",
+        "кошка",
+        "🐱",
+        "--model",
+        str(tiny),
+    ]
+    done = subprocess.run(command, capture_output=True, check=False, env={**os.environ, "PYTHONIOENCODING": encoding})
+    assert done.returncode == 0, done.stderr
+    assert b"\\u043a\\u043e" in done.stdout
+
+
+def test_output_that_cannot_be_written_is_a_sentence() -> None:
+    for redirection, status in ((">/dev/full", 1), (">&-", 0)):
+        command = f"{sys.executable} -m miniclip models {redirection}"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+        assert done.returncode == status
+        assert "Traceback" not in done.stderr
+        assert ("could not be written" in done.stderr) == bool(status)
+
+
 def test_any_file_name_can_be_printed(tiny: Path, photo: Path, tmp_path: Path) -> None:
     odd = os.fsencode(tmp_path) + b"/odd\xff.png"
     Path(os.fsdecode(odd)).write_bytes(photo.read_bytes())

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import re
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -144,6 +145,16 @@ def test_a_prompt_can_be_learned_through_a_frozen_model(model: CLIP) -> None:
     assert (prompt.grad.abs().sum(dim=(0, 2)) > 0).all()
 
 
+def test_the_image_tower_can_be_walked_by_hand(model: CLIP, images: Tensor) -> None:
+    visual = model.visual
+    x = visual.conv1(images)
+    x = x.reshape(x.shape[0], x.shape[1], -1).permute(0, 2, 1)
+    class_token = visual.class_embedding + torch.zeros(len(x), 1, x.shape[-1], dtype=x.dtype)
+    x = visual.ln_pre(torch.cat([class_token, x], dim=1) + visual.positional_embedding)
+    x = visual.transformer(x.permute(1, 0, 2)).permute(1, 0, 2)
+    assert close(visual.ln_post(x[:, 0, :]) @ visual.proj, model.encode_image(images))
+
+
 # -- against transformers -------------------------------------------------------------------------------------------
 
 
@@ -201,6 +212,9 @@ def test_the_loss_refuses_what_are_not_pairs() -> None:
     for shape in ((2, 3), (4,), (0, 0)):
         with pytest.raises(InputError, match=re.escape(str(shape))):
             miniclip.contrastive_loss(torch.zeros(shape))
+    for logits, kind in ((torch.eye(3).long(), "torch.int64"), ((torch.eye(3), torch.eye(3)), "tuple")):
+        with pytest.raises(InputError, match=kind):
+            miniclip.contrastive_loss(logits)  # type: ignore[arg-type]
 
 
 # -- pure towers ----------------------------------------------------------------------------------------------------
@@ -220,6 +234,17 @@ def test_towers_compile_whole_and_export(model: CLIP, images: Tensor, tower: str
     assert close(exported(inputs[:2]), expected[:2])
 
 
+def test_a_trace_and_an_export_keep_no_length(model: CLIP, images: Tensor) -> None:
+    """The cut and the checks depend on the data; a traced model must not remember those of its example."""
+    short, long = tokenize(["a cat", "a dog", ""]), tokenize(["a cat on a very long red sofa " * 3] * 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing is deprecated, and still what some exporters do
+        traced = torch.jit.trace(model, (images, short), check_trace=False)
+    assert close(traced(images, long)[0], model(images, long)[0])
+    exported = torch.export.export(model, (images, short)).module()
+    assert close(exported(images, long)[0], model(images, long)[0])
+
+
 def test_the_text_tower_shares_parameters_and_adds_no_names(fresh: CLIP) -> None:
     before = set(fresh.state_dict())
     tokens = tokenize(TEXTS)
@@ -227,6 +252,7 @@ def test_the_text_tower_shares_parameters_and_adds_no_names(fresh: CLIP) -> None
     with torch.no_grad():
         fresh.text_projection.mul_(2)
     assert close(fresh.text(tokens), 2 * old)
+    assert fresh.text.training == fresh.training
     fresh.load_state_dict({**fresh.state_dict(), "text_projection": fresh.text_projection / 2}, assign=True)
     assert close(fresh.text(tokens), old)
     assert set(fresh.state_dict()) == before

@@ -93,7 +93,6 @@ import {module}
 import torch
 from PIL import Image
 
-device = "cuda" if torch.cuda.is_available() else "cpu"
 device = "cpu"
 assert "ViT-B/32" in clip.available_models()
 model, preprocess = clip.load({name!r}, device=device, jit=False)
@@ -167,7 +166,11 @@ def test_examples_say_what_is_wrong_in_a_sentence(tiny: Path, tmp_path: Path) ->
         ("zero_shot.py", "nowhere.png", "--model", str(tiny)): "nowhere.png: no such file",
         ("zero_shot.py", "x.png", "--model", "nothing"): "'nothing' is neither an existing path",
         ("similarity.py", "--folder", str(tmp_path), "--model", str(tiny)): "has no captions.csv",
+        ("similarity.py", "--folder", str(tmp_path / "short"), "--model", str(tiny)): "no caption in line 3",
+        ("similarity.py", "--out", str(tmp_path / "nowhere" / "x.png"), "--model", str(tiny)): "there is no folder",
     }
+    (tmp_path / "short").mkdir()
+    (tmp_path / "short" / "captions.csv").write_text("image,caption\na.png,a cat\nb.png\n", encoding="utf-8")
     for (script, *arguments), message in cases.items():
         command = [sys.executable, str(ROOT / "examples" / script), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -466,3 +466,19 @@ def test_threads_share_one_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
         rows = [*pool.map(lambda _: tokenize(["a cat", "don’t"]), range(8))]
     assert all(torch.equal(row, rows[0]) for row in rows)
     assert len(tokenizer._cache) < 20 + 8
+
+
+def test_what_is_no_text_is_refused_in_a_sentence() -> None:
+    with pytest.raises(TypeError, match="texts must be a str or an iterable of them, got NoneType"):
+        tokenize(None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="got bytes"):
+        tokenize(b"a cat")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="text must be a str, got bytes"):
+        Tokenizer().encode(b"a cat")  # type: ignore[arg-type]
+    for length in ("77", 77.0, 10**13):
+        with pytest.raises(InputError, match="context_length must be"):
+            tokenize("a cat", context_length=length)  # type: ignore[arg-type]
+    for ids in (tokenize(["a cat", "a dog"]), "x", [1.5]):
+        with pytest.raises(InputError, match="decode takes the ids of one text"):
+            Tokenizer().decode(ids)  # type: ignore[arg-type]
+    assert Tokenizer().decode(tokenize("a cat", context_length=4)[0]) == "<|startoftext|>a cat <|endoftext|>"

@@ -216,6 +216,50 @@ def test_main_names_the_first_drift_and_exits_1(
     assert "first drifts at 'image block 1'" in captured.err
 
 
+def test_what_happens_later_hides_no_drift(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = make_reference()
+    with torch.no_grad():
+        broken.visual_projection.weight[3, 4] = float("nan")
+    broken.save_pretrained(tmp_path)
+    capsys.readouterr()
+    assert validate.main(["--model", str(tmp_path), "nowhere", str(tiny), "--device", "cpu", "--json"]) == 1
+    captured = capsys.readouterr()
+    first, last = json.loads(captured.out, parse_constant=pytest.fail)["reports"]
+    assert first["rows"][0]["max_abs"] is None
+    assert first["rows"][0]["limit"] == "none, but visual.proj holds 1 NaN or infinity"
+    assert all(row["ok"] for row in last["rows"])
+    assert "first drifts at 'weights finite'" in captured.err
+    assert "nowhere: transformers can only read" in captured.err
+
+
+def test_a_model_of_another_vocabulary_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_reference(text_config={"vocab_size": 1000, "eos_token_id": 2}).save_pretrained(tmp_path)
+    assert validate.main(["--model", str(tmp_path), "--device", "cpu"]) == 1
+    assert "need ids up to 49407, the model has 1000" in capsys.readouterr().err
+
+
+def test_a_folder_transformers_cannot_load_is_refused(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_bytes((tiny / "config.json").read_bytes())
+    (tmp_path / "clip.safetensors").write_bytes((tiny / "model.safetensors").read_bytes())
+    assert validate.main(["--model", str(tmp_path), "--device", "cpu"]) == 1
+    assert "transformers cannot load it" in capsys.readouterr().err
+
+
+def test_a_folders_own_preprocessing_is_read_by_transformers_itself(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((tiny / name).read_bytes())
+    settings = {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}, "image_mean": [0.4, 0.5, 0.6]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    assert validate.main(["--model", str(tmp_path), "--device", "cpu"]) == 0
+    monkeypatch.setattr(miniclip.Preprocess, "from_hf", classmethod(lambda cls, config: cls(32)))
+    assert validate.main(["--model", str(tmp_path), "--device", "cpu"]) == 1
+    assert "first drifts at 'pixels (openai)'" in capsys.readouterr().err
+
+
 def test_main_as_json(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert validate.main(["--model", str(tiny), "--device", "cpu", "--dtype", "float64", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -317,6 +361,68 @@ def test_downloaded_weights_are_two_copies_of_one_model(tiny: Path, reference: C
         assert "DRIFTS" not in output
     fetched = [request.path for request in server.requests if request.method == "GET"]
     assert len(fetched) == len(set(fetched)) == 3  # two files of weights and a configuration, once
+
+
+def test_one_file_in_the_cache_serves_both(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What ``miniclip.load("ViT-B/32")`` leaves behind is enough, under an alias too, and is checked in full."""
+    snapshot = tmp_path / "models--somebody--clip" / "snapshots" / ("1" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes())
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    ours = hub.Source("somebody/clip", "1" * 40, "model.safetensors")
+    config = miniclip.load(tiny, "cpu")[0].config
+    monkeypatch.setitem(hub.KNOWN, "ViT-B/32", hub.KnownModel(config, (ours,)))
+    asked = []
+
+    def published(model: miniclip.CLIP) -> validate.Row:
+        asked.append(model.dtype)
+        return validate.Row("published logits", 0.0, 0.0, 1.0, "", ok=True)
+
+    monkeypatch.setattr(validate, "published", published)
+    assert validate.main(["--model", "openai/clip-vit-base-patch32", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "ViT-B/32 on cpu in float32: OpenAI's weights, both reading one file" in out
+    assert "published logits" in out
+    assert asked == [torch.float32]
+
+
+def test_downloading_without_network_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert validate.main(["--model", "ViT-L/14@336px", "--download"]) == 1
+    captured = capsys.readouterr()
+    assert "HF_HUB_OFFLINE is set" in captured.err.splitlines()[-1]
+    assert "Traceback" not in captured.err
+
+
+# In bfloat16 the two GELUs are as far apart as its rounding: that mutation is for the other dtypes.
+COARSE = [swap_q_and_k("image"), swap_q_and_k("text"), drop_ln_pre, forgotten_mask]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mutate"),
+    [*((dtype, mutate) for dtype in (torch.float16, torch.bfloat16) for mutate in COARSE), (torch.float16, other_gelu)],
+)
+def test_half_precision_hides_no_mutation_on_seeded_weights(
+    tiny: Path, tmp_path: Path, dtype: torch.dtype, mutate: Callable[[miniclip.CLIP], None]
+) -> None:
+    validate.seeded_checkpoint(miniclip.load(tiny, "cpu")[0].config, tmp_path)
+    pair = validate.Pair("", str(tmp_path), str(tmp_path))
+    model, preprocess, reference, _ = pair.load("cpu", dtype)
+    assert first_drift(validate.compare(model, reference, preprocess)) is None
+    with torch.no_grad():
+        mutate(model)
+    assert first_drift(validate.compare(model, reference, preprocess)) is not None
+
+
+def test_half_precision_bounds_the_scale_and_every_vector() -> None:
+    limits = validate.limits_for("cpu", torch.bfloat16)
+    state = torch.randn(2, 5, 8)
+    assert not validate.measure("x", 2 * state, state, "hidden", limits).ok
+    state[0, 0] *= 200
+    wrong = state.clone()
+    wrong[0, 3] *= -1  # one small token among large ones
+    assert not validate.measure("x", wrong, state, "hidden", limits).ok
 
 
 def test_published_numbers_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,9 +97,33 @@ def test_half_precision_answers_in_float32(tiny: Path, photos: list[Image.Image]
     assert torch.allclose(probabilities.sum(dim=1), torch.ones(4))
 
 
+def test_a_model_that_is_cast_afterwards_still_answers(tiny: Path, photos: list[Image.Image]) -> None:
+    model, preprocess = miniclip.load(tiny, "cpu")
+    classifier = ZeroShotClassifier(model, preprocess, LABELS)
+    before = classifier.probabilities(preprocess(photos))
+    model.double()
+    assert torch.allclose(classifier.probabilities(preprocess(photos)), before, atol=1e-4)
+
+
+def test_what_is_not_finite_is_no_answer(tiny: Path, photos: list[Image.Image]) -> None:
+    model, preprocess = miniclip.load(tiny, "cpu")
+    classifier = ZeroShotClassifier(model, preprocess, LABELS)
+    pixels = preprocess(photos)
+    pixels[2, 0, 0, 0] = float("nan")
+    with pytest.raises(InputError, match=r"image 2 are not finite: .* overflow in torch\.float32"):
+        classifier.probabilities(pixels)
+    with pytest.raises(InputError, match="must be a tensor"):
+        classifier.probabilities(pixels.numpy())  # type: ignore[arg-type]
+    with torch.no_grad():
+        model.visual.proj[0, 0] = float("inf")
+    with pytest.raises(InputError, match="image 0 are not finite"):
+        classifier(photos[0])
+
+
 @pytest.mark.parametrize(
     ("labels", "templates", "message"),
     [
+        (None, ("{}",), "labels must be a list of strings, got NoneType"),
         ([], ("{}",), "labels must hold"),
         ("cat", ("{}",), "single string 'cat'"),
         (["cat", 3], ("{}",), r"labels\[1\] must be a string, got int"),
