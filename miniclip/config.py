@@ -358,8 +358,8 @@ def _activation(name: str, value: object) -> str:
 
 
 def _epsilon(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise ConfigError(f"{name} must be a finite number of at least 0, got {reprlib.repr(value)}")
+    if not isinstance(value, float) or not 0 <= value < math.inf:
+        raise ConfigError(f"{name} must be a finite float of at least 0.0, got {reprlib.repr(value)}")
     return value
 
 
