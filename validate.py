@@ -84,7 +84,7 @@ def limits_for(device: str, dtype: torch.dtype) -> Limits:
     if dtype == torch.bfloat16:
         return Limits(hidden=1e-1, embedding=3e-2, logits=2.0, probabilities=0.2, cosine=0.9995)
     if dtype == torch.float64:
-        return Limits(hidden=1e-12, embedding=1e-12, logits=1e-10, probabilities=1e-10)
+        return Limits(hidden=1e-12, embedding=1e-12, logits=1e-12, probabilities=1e-12)
     if device == "cpu":
         return Limits(hidden=5e-6, embedding=1e-6, logits=2e-4, probabilities=1e-4)
     # Not yet measured on a device: ten times the CPU's, as the embeddings'.
