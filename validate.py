@@ -358,15 +358,16 @@ def weights_for(name: str, download: bool) -> Iterator[Pair]:
         yield Pair(f"the weights in {name}", str(path), str(path))
         return
     source = REFERENCES[name]
-    if download:
-        _download(name, source)
     ours = hub.cached_model(name)
+    if download and not _both_can_read(ours):
+        _download(name, source)
+        ours = hub.cached_model(name)
     if ours and _is_cached(source):
         both = f"{source.repo}'s {source.filename}"
         yield Pair(f"OpenAI's weights, transformers reading {both}", name, source.repo, source.revision, real=True)
         return
     with tempfile.TemporaryDirectory(prefix="miniclip-validate-") as folder:
-        if ours and open_checkpoint(ours).layout == "hf":  # one file that both can read
+        if ours and _both_can_read(ours):
             (Path(folder) / "model.safetensors").symlink_to(ours.resolve())
             hf_config(hub.KNOWN[name].config).save_pretrained(folder)
             yield Pair("OpenAI's weights, both reading one file", name, folder, real=True)
@@ -375,6 +376,10 @@ def weights_for(name: str, download: bool) -> Iterator[Pair]:
         whose = f"transformers' copy of OpenAI's weights ({source.repo})" if ours else "OpenAI's weights"
         reason = f"{whose} not in the cache; --download fetches them"
         yield Pair(f"a seeded checkpoint of {name}'s architecture ({reason})", folder, folder)
+
+
+def _both_can_read(weights: Path | None) -> bool:
+    return weights is not None and open_checkpoint(weights).layout == "hf"
 
 
 def seeded_checkpoint(config: miniclip.CLIPConfig, folder: Path, seed: int = 0) -> None:

@@ -36,10 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         return status
     except MiniclipError as error:
-        print(f"miniclip: {error}", file=sys.stderr)
+        _complain(str(error))
         return 1
     except KeyboardInterrupt:
-        print("miniclip: interrupted", file=sys.stderr)
+        _complain("interrupted")
         return 130
     except BrokenPipeError:
         # Whoever read our output has had enough, as `head` does. Python would complain once more at exit.
@@ -47,8 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:  # no space left for our output
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        print(f"miniclip: the output could not be written ({error.strerror})", file=sys.stderr)
+        _complain(f"the output could not be written ({error.strerror})")
         return 1
+
+
+def _complain(message: str) -> None:
+    if sys.stderr is not None:  # where it was closed before we started, print would fall back to the output
+        print(f"miniclip: {message}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -94,7 +99,7 @@ def _classify(options: argparse.Namespace) -> int:
     for path, answer in _answers(classifier, options.images):
         if isinstance(answer, ImageError):
             failed += 1
-            print(f"miniclip: {answer}", file=sys.stderr)
+            _complain(str(answer))
             results.append({"image": path, "error": answer.reason})
         elif options.json:
             labels = [{"label": label, "probability": probability} for label, probability in answer]

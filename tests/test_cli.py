@@ -184,6 +184,13 @@ def test_output_that_cannot_be_written_is_a_sentence() -> None:
         assert ("could not be written" in done.stderr) == bool(status)
 
 
+def test_with_no_place_for_errors_the_output_stays_whole(tiny: Path, photo: Path) -> None:
+    command = f"{sys.executable} -m miniclip classify nowhere.png {photo} --labels a b --model {tiny} --json 2>&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert len(json.loads(done.stdout)) == 2
+
+
 def test_any_file_name_can_be_printed(tiny: Path, photo: Path, tmp_path: Path) -> None:
     odd = os.fsencode(tmp_path) + b"/odd\xff.png"
     Path(os.fsdecode(odd)).write_bytes(photo.read_bytes())

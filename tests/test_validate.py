@@ -381,7 +381,8 @@ def test_one_file_in_the_cache_serves_both(
         return validate.Row("published logits", 0.0, 0.0, 1.0, "", ok=True)
 
     monkeypatch.setattr(validate, "published", published)
-    assert validate.main(["--model", "openai/clip-vit-base-patch32", "--device", "cpu"]) == 0
+    monkeypatch.setattr(validate, "_download", lambda *_: pytest.fail("a second copy of the same bytes"))
+    assert validate.main(["--model", "openai/clip-vit-base-patch32", "--device", "cpu", "--download"]) == 0
     out = capsys.readouterr().out
     assert "ViT-B/32 on cpu in float32: OpenAI's weights, both reading one file" in out
     assert "published logits" in out
