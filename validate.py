@@ -406,33 +406,7 @@ def seeded_checkpoint(config: miniclip.CLIPConfig, folder: Path, seed: int = 0) 
 
 def hf_config(config: miniclip.CLIPConfig) -> CLIPConfig:
     """An architecture in transformers' words."""
-    vision, text = config.vision, config.text
-    return CLIPConfig(
-        projection_dim=config.embed_dim,
-        vision_config={
-            **_hf_blocks(vision),
-            "projection_dim": config.embed_dim,
-            "patch_size": vision.patch_size,
-            "image_size": vision.image_size,
-        },
-        text_config={
-            **_hf_blocks(text),
-            "projection_dim": config.embed_dim,
-            "max_position_embeddings": text.context_length,
-            "vocab_size": text.vocab_size,
-        },
-    )
-
-
-def _hf_blocks(config: miniclip.config.TransformerConfig) -> dict[str, Any]:
-    return {
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "intermediate_size": config.mlp_width,
-        "hidden_act": config.activation,
-        "layer_norm_eps": config.layer_norm_eps,
-    }
+    return CLIPConfig(**config.to_hf())
 
 
 def _is_cached(source: hub.Source) -> bool:

@@ -20,6 +20,7 @@ from miniclip.loading import load
 from miniclip.loss import contrastive_loss
 from miniclip.model import CLIP
 from miniclip.preprocess import Preprocess, open_image
+from miniclip.saving import save_pretrained
 from miniclip.tokenizer import Tokenizer, tokenize
 from miniclip.zero_shot import ZeroShotClassifier
 
@@ -43,5 +44,6 @@ __all__ = [
     "contrastive_loss",
     "load",
     "open_image",
+    "save_pretrained",
     "tokenize",
 ]

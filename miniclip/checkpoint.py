@@ -426,6 +426,23 @@ def _are_naturals(value: object) -> bool:
     return isinstance(value, list) and all(type(number) is int and number >= 0 for number in value)
 
 
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def hf_tensors(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A CLIP's state_dict as Hugging Face stores it: under its names, contiguous, on the CPU, sharing no memory."""
+    rows = _hf_names()
+    tensors = {}
+    for target, tensor in state.items():
+        row, number = _split(target)
+        tensor = tensor.detach().cpu()
+        names = rows[row]
+        parts = tensor.chunk(len(names)) if len(names) > 1 else [tensor.T if target in TRANSPOSED else tensor]
+        for name, part in zip(names, parts, strict=True):
+            tensors[name.format(number)] = part.clone(memory_format=torch.contiguous_format)
+    return tensors
+
+
 # -- names ------------------------------------------------------------------------------------------------------------
 
 

@@ -153,6 +153,39 @@ class CLIPConfig:
             ),
         )
 
+    def to_hf(self) -> dict[str, Any]:
+        """The contents of a Hugging Face ``config.json``, from which ``from_hf`` makes this configuration again.
+
+        Raises:
+            ConfigError: if the end of text is the id 2, which Hugging Face takes for OpenAI's original rule.
+        """
+        vision, text = self.vision, self.text
+        if text.end_of_text == 2:
+            raise ConfigError(
+                "eos_token_id 2 means OpenAI's original pooling rule to Hugging Face, and cannot be saved"
+            )
+        return {
+            "architectures": ["CLIPModel"],
+            "model_type": "clip",
+            "projection_dim": self.embed_dim,
+            "vision_config": {
+                **_hf_values(vision),
+                "model_type": "clip_vision_model",
+                "projection_dim": self.embed_dim,
+                "num_channels": 3,
+                "patch_size": vision.patch_size,
+                "image_size": vision.image_size,
+            },
+            "text_config": {
+                **_hf_values(text),
+                "model_type": "clip_text_model",
+                "projection_dim": self.embed_dim,
+                "max_position_embeddings": text.context_length,
+                "vocab_size": text.vocab_size,
+                "eos_token_id": 2 if text.end_of_text is None else text.end_of_text,
+            },
+        }
+
     # -- open_clip_config.json ----------------------------------------------------------------------------------------
 
     @classmethod
@@ -289,6 +322,18 @@ def _hf_block(section: _Section, width: int, heads: int, mlp_width: int) -> dict
         "mlp_width": section.read("intermediate_size", mlp_width, _integer),
         "activation": section.read("hidden_act", "quick_gelu", _activation),
         "layer_norm_eps": section.read("layer_norm_eps", 1e-5, _epsilon),
+    }
+
+
+def _hf_values(tower: TransformerConfig) -> dict[str, Any]:
+    """What ``_hf_block`` reads."""
+    return {
+        "hidden_size": tower.width,
+        "num_hidden_layers": tower.layers,
+        "num_attention_heads": tower.heads,
+        "intermediate_size": tower.mlp_width,
+        "hidden_act": tower.activation,
+        "layer_norm_eps": tower.layer_norm_eps,
     }
 
 

@@ -132,6 +132,23 @@ class Preprocess:
             shortest_edge=None if shortest_edge == height else shortest_edge,
         )
 
+    def to_hf(self) -> dict[str, Any]:
+        """The contents of a ``preprocessor_config.json``. It has no word for the convention."""
+        return {
+            "image_processor_type": "CLIPImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {"shortest_edge": self._short},
+            "resample": int(self.resample),
+            "do_center_crop": True,
+            "crop_size": {"height": self.size, "width": self.size},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+        }
+
     @classmethod
     def from_open_clip(cls, config: Mapping[str, Any], size: int) -> Preprocess:
         """Read the ``preprocess_cfg`` of an ``open_clip_config.json``, for a model of ``size`` pixels.

@@ -28,6 +28,7 @@ ROOMS = {
     "checkpoint": {"config", "errors"},
     "hub": {"checkpoint", "config", "errors"},
     "loading": {"checkpoint", "config", "errors", "hub", "model", "preprocess"},
+    "saving": {"checkpoint", "errors", "model", "preprocess"},
     "zero_shot": {"errors", "model", "preprocess", "tokenizer"},
     "cli": {"errors", "hub", "loading", "preprocess", "zero_shot"},
     "__main__": {"cli"},

@@ -1,0 +1,186 @@
+"""``save_pretrained`` as the inverse of ``load``, and what transformers makes of its folders."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_reference
+from PIL import Image
+from safetensors import safe_open
+from transformers import CLIPModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+import miniclip
+from miniclip.config import CLIPConfig, TextConfig, VisionConfig
+
+
+def same(a: miniclip.CLIP, b: miniclip.CLIP) -> bool:
+    one, other = a.state_dict(), b.state_dict()
+    return list(one) == list(other) and all(
+        one[k].dtype == other[k].dtype and torch.equal(one[k], other[k]) for k in one
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_is_saved_is_loaded(tiny: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    model, preprocess = miniclip.load(tiny, "cpu", dtype=dtype)
+    miniclip.save_pretrained(model, tmp_path / "new" / "folder", preprocess)
+    again, preprocess_again = miniclip.load(tmp_path / "new" / "folder", "cpu", dtype=dtype)
+    assert same(model, again)
+    assert again.config == model.config
+    assert preprocess_again == preprocess
+    with safe_open(tmp_path / "new" / "folder" / "model.safetensors", "pt") as file:
+        assert file.get_tensor("logit_scale").dtype == dtype
+    assert sorted(os.listdir(tmp_path / "new" / "folder")) == [
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    ]
+
+
+def test_the_file_is_the_one_transformers_writes(tiny: Path, tmp_path: Path) -> None:
+    model, _ = miniclip.load(tiny, "cpu")
+    miniclip.save_pretrained(model, tmp_path)
+    with safe_open(tiny / "model.safetensors", "pt") as theirs, safe_open(tmp_path / "model.safetensors", "pt") as ours:
+        assert set(theirs.keys()) == set(ours.keys())
+        for name in theirs.keys():  # noqa: SIM118
+            assert torch.equal(theirs.get_tensor(name), ours.get_tensor(name)), name
+
+
+@pytest.mark.parametrize("text", [{}, {"eos_token_id": 2}, {"eos_token_id": 7, "vocab_size": 60}])
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_transformers_computes_the_same(tmp_path: Path, text: dict[str, int], activation: str) -> None:
+    reference = make_reference(
+        text_config={**text, "hidden_act": activation}, vision_config={"hidden_act": activation, "layer_norm_eps": 1e-3}
+    )
+    reference.save_pretrained(tmp_path / "theirs")
+    model, _ = miniclip.load(tmp_path / "theirs", "cpu")
+    miniclip.save_pretrained(model, tmp_path / "ours")
+    loaded = CLIPModel.from_pretrained(tmp_path / "ours", dtype=torch.float32, attn_implementation="sdpa")
+    tokens = torch.randint(3, 59, (4, 9), generator=torch.Generator().manual_seed(0))
+    tokens[:, 5] = model.config.text.end_of_text or 59
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = reference(pixel_values=pixels, input_ids=tokens).logits_per_image
+        again = loaded(pixel_values=pixels, input_ids=tokens).logits_per_image
+    assert torch.equal(again, expected)
+    torch.testing.assert_close(model(pixels, tokens)[0], expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CLIPConfig(32, VisionConfig(48, 2, 3, 100, "gelu", 1e-6, 7, 45), TextConfig(40, 1, 5, 77, context_length=9)),
+        CLIPConfig(16, VisionConfig(8, 1, 1, 8), TextConfig(8, 2, 2, 8, vocab_size=100, end_of_text=None)),
+        CLIPConfig(16, VisionConfig(8, 1, 1, 8), TextConfig(8, 2, 2, 8, vocab_size=100, end_of_text=42)),
+    ],
+)
+def test_every_setting_survives(config: CLIPConfig) -> None:
+    assert CLIPConfig.from_hf(config.to_hf()) == config
+
+
+def test_an_end_of_text_that_hugging_face_misreads_is_refused(tmp_path: Path) -> None:
+    config = CLIPConfig(16, VisionConfig(8, 1, 1, 8), TextConfig(8, 2, 2, 8, vocab_size=100, end_of_text=2))
+    with pytest.raises(miniclip.ConfigError, match="eos_token_id 2"):
+        config.to_hf()
+
+
+@pytest.mark.parametrize(
+    "preprocess",
+    [
+        miniclip.Preprocess(32),
+        miniclip.Preprocess(32, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), Image.Resampling.LANCZOS, shortest_edge=40),
+    ],
+)
+def test_preprocessing_survives_and_is_transformers_own(
+    tiny: Path, tmp_path: Path, preprocess: miniclip.Preprocess
+) -> None:
+    model, _ = miniclip.load(tiny, "cpu")
+    miniclip.save_pretrained(model, tmp_path, preprocess)
+    assert miniclip.load(tmp_path, "cpu")[1] == preprocess
+    processor = CLIPImageProcessorPil.from_pretrained(tmp_path)
+    photo = Image.radial_gradient("L").convert("RGB").resize((91, 57))
+    ours = dataclasses.replace(preprocess, convention="huggingface")(photo)
+    assert torch.equal(processor(photo, return_tensors="pt").pixel_values[0], ours)
+
+
+def test_saving_over_the_folder_a_model_came_from(tiny: Path, tmp_path: Path) -> None:
+    model, preprocess = miniclip.load(tiny, "cpu")
+    miniclip.save_pretrained(model, tmp_path, preprocess)
+    loaded, _ = miniclip.load(tmp_path, "cpu")  # a view of the file
+    loaded.logit_scale.fill_(1.5)
+    miniclip.save_pretrained(loaded, tmp_path, preprocess)
+    assert all(parameter.isfinite().all() for parameter in loaded.parameters())
+    again, _ = miniclip.load(tmp_path, "cpu")
+    assert again.logit_scale.item() == 1.5
+    again.logit_scale.copy_(model.logit_scale)
+    assert same(again, model)
+
+
+def test_a_trained_model_is_saved_as_trained(tiny: Path, tmp_path: Path) -> None:
+    model, _ = miniclip.load(tiny, "cpu")
+    model.requires_grad_(True)
+    tokens = miniclip.tokenize(["a", "b"])
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    miniclip.contrastive_loss(model(torch.randn(2, 3, 32, 32), tokens)[0]).backward()
+    optimiser.step()
+    miniclip.save_pretrained(model, tmp_path)
+    again, _ = miniclip.load(tmp_path, "cpu")
+    assert same(again, model)
+    assert not same(again, miniclip.load(tiny, "cpu")[0])
+
+
+def test_failing_leaves_what_was_there(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, preprocess = miniclip.load(tiny, "cpu")
+    miniclip.save_pretrained(model, tmp_path, preprocess)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    model.logit_scale.fill_(0.5)
+
+    def full(*arguments: object, **options: object) -> None:
+        Path(str(arguments[1])).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("miniclip.saving.save_file", full)
+    with pytest.raises(miniclip.CheckpointError, match="No space left"):
+        miniclip.save_pretrained(model, tmp_path, preprocess)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(miniclip.CheckpointError, match="file: cannot be written"):
+        miniclip.save_pretrained(model, tmp_path / "file")
+
+
+def test_what_cannot_be_saved_is_refused(tiny: Path, tmp_path: Path) -> None:
+    model, _ = miniclip.load(tiny, "cpu", dtype=torch.float64)
+    with pytest.raises(miniclip.InputError, match=r"torch\.float64, a checkpoint holds"):
+        miniclip.save_pretrained(model, tmp_path)
+    model, _ = miniclip.load(tiny, "cpu")
+    with pytest.raises(miniclip.ConfigError, match="images of 224 pixels, the model takes 32"):
+        miniclip.save_pretrained(model, tmp_path, miniclip.Preprocess())
+    with pytest.raises(miniclip.InputError, match="got VisionTransformer"):
+        miniclip.save_pretrained(model.visual, tmp_path)  # type: ignore[arg-type]
+    model.visual.proj = torch.nn.Parameter(torch.zeros(64, 7))
+    with pytest.raises(miniclip.InputError, match=r"visual\.proj \(\(64, 7\), expected \(64, 48\)\)"):
+        miniclip.save_pretrained(model, tmp_path)
+    model, _ = miniclip.load(tiny, "cpu")
+    model.adapter = torch.nn.Linear(2, 2)
+    with pytest.raises(miniclip.InputError, match="such as adapter"):
+        miniclip.save_pretrained(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_left_of_a_save_that_is_killed(tiny: Path, tmp_path: Path) -> None:
+    code = (
+        "import os, sys, miniclip, miniclip.saving\n"
+        "model, preprocess = miniclip.load(sys.argv[1], 'cpu')\n"
+        "miniclip.saving.os.fsync = lambda number: os.kill(os.getpid(), 9)\n"
+        "miniclip.save_pretrained(model, sys.argv[2], preprocess)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tiny), str(tmp_path / "out")], check=False)
+    assert done.returncode == -9
+    assert not [name for name in os.listdir(tmp_path / "out") if not name.endswith(".tmp")]
