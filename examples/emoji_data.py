@@ -4,9 +4,11 @@
     python examples/emoji_data.py emoji                        npm fetches the packages (about 170 MB)
     python examples/emoji_data.py emoji --packages downloads   or their .tgz files are in a folder already
 
-    emoji/train/      what seven artists drew, under licences that permit training on it and sharing the result
-    emoji/twemoji/    held out whole: ordinary colour pictures
-    emoji/openmoji/   held out whole: thin black outlines
+    emoji/train/            nine sets, under licences that permit training on them and sharing the result
+    emoji/twemoji/          held out whole: ordinary colour pictures
+    emoji/openmoji-black/   held out whole: thin black outlines
+    emoji/openmoji-color/   the same drawings with colours
+    emoji/names.txt         what all entries are called
 
 Each folder holds 64-pixel PNGs with a transparent background and a captions.csv (image, caption). The entries, their
 names and their tags are emojibase's; the first caption of a picture is its bare name. Flags are in, skin tones not.
@@ -29,6 +31,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
+
+import common
 
 SIZE = 64  # pixels: what the PNG packages hold
 
@@ -77,7 +81,7 @@ CAPTIONS_PER_PICTURE = 12
 
 @dataclass
 class Entry:
-    """One emoji: what it is called, by whom ever."""
+    """One emoji and what it is called."""
 
     hexcode: str
     name: str  # "flag of France"
@@ -96,7 +100,7 @@ def fetch(folder: Path) -> None:
         return
     if shutil.which("npm") is None:
         raise SystemExit(
-            f"emoji_data.py: {folder} lacks {tarball(folder, missing[0].rpartition('@')[0]).name}, and there is no npm "
+            f"{folder} lacks {tarball(folder, missing[0].rpartition('@')[0]).name}, and there is no npm "
             "to fetch it: install Node.js, or put the .tgz files there and pass --packages"
         )
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +111,7 @@ def fetch(folder: Path) -> None:
             ["npm", "pack", "--silent", "--pack-destination", temporary, *missing], capture_output=True, text=True
         )
         if done.returncode:
-            raise SystemExit(f"emoji_data.py: npm could not fetch the packages: {done.stderr.strip()[-500:]}")
+            raise SystemExit(f"npm could not fetch the packages: {done.stderr.strip()[-500:]}")
         for path in Path(temporary).iterdir():
             path.replace(folder / path.name)
 
@@ -124,7 +128,7 @@ def read(folder: Path, name: str, wanted: Callable[[str], bool]) -> dict[str, by
             members = ((member.name.removeprefix("package/"), member) for member in archive if member.isfile())
             return {name: archive.extractfile(member).read() for name, member in members if wanted(name)}  # type: ignore[union-attr]
     except (tarfile.TarError, gzip.BadGzipFile, EOFError, OSError) as error:
-        raise SystemExit(f"emoji_data.py: {path} cannot be read ({error}): remove it and run again") from None
+        raise SystemExit(f"{path} cannot be read ({error}): remove it and run again") from None
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
@@ -190,13 +194,13 @@ def with_article(name: str) -> str:
 def captions(entry: Entry, pick: random.Random) -> list[str]:
     """The bare name first, then what people might write: prompts, other names, tags."""
     lines = [entry.name]
-    for template in pick.sample(TEMPLATES, 7):
-        lines.append(template.format(name=entry.name, a=with_article(entry.name)))
-    for other in pick.sample(entry.synonyms, min(2, len(entry.synonyms))):
-        lines.append(pick.choice(TEMPLATES).format(name=other, a=with_article(other)))
+    lines += [template.format(name=entry.name, a=with_article(entry.name)) for template in pick.sample(TEMPLATES, 7)]
+    others = pick.sample(entry.synonyms, min(2, len(entry.synonyms)))
+    lines += [pick.choice(TEMPLATES).format(name=other, a=with_article(other)) for other in others]
     if entry.tags:
         lines.append(f"{entry.name}, {', '.join(pick.sample(entry.tags, min(2, len(entry.tags))))}")
-        lines.append(f"{pick.choice(('a picture of', 'a photo of', ''))} {' '.join(pick.sample(entry.tags, min(3, len(entry.tags))))}")
+        tags = pick.sample(entry.tags, min(3, len(entry.tags)))
+        lines.append(f"{pick.choice(('a picture of', 'a photo of', ''))} {' '.join(tags)}")
     return [line.strip() for line in dict.fromkeys(lines)][:CAPTIONS_PER_PICTURE]
 
 
@@ -242,9 +246,12 @@ def iconify_pictures(folder: Path, name: str, entries: list[Entry]) -> Pictures:
         if found:
             icon = icons[found]
             width, height = (icon.get(side, sets.get(side, 16)) for side in ("width", "height"))
-            yield entry, draw(
-                f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-                f'viewBox="{icon.get("left", 0)} {icon.get("top", 0)} {width} {height}">{icon["body"]}</svg>'
+            yield (
+                entry,
+                draw(
+                    f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+                    f'viewBox="{icon.get("left", 0)} {icon.get("top", 0)} {width} {height}">{icon["body"]}</svg>'
+                ),
             )
 
 
@@ -290,14 +297,13 @@ def main() -> None:
     parser.add_argument("--packages", type=Path, help="where the npm packages are or go (default: OUT/packages)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of captions (default: 0)")
     options = parser.parse_args()
-    try:
-        import resvg_py  # noqa: F401
-    except ImportError:
-        raise SystemExit('emoji_data.py: drawing SVG takes resvg-py: pip install "miniclip[examples]"') from None
+    import resvg_py  # noqa: F401  (missing, it is told before anything is fetched)
 
     packages = options.packages or options.out / "packages"
     fetch(packages)
     entries = read_entries(packages)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "names.txt").write_text("".join(f"{entry.name}\n" for entry in entries), encoding="utf-8")
     train = {"google": png_pictures(packages, "emoji-datasource-google", "google", entries)}
     train |= {name: iconify_pictures(packages, name, entries) for name in ICONIFY}
     write(options.out / "train", train, options.seed)
@@ -308,4 +314,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -13,8 +13,9 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from miniclip import __version__
+from miniclip.config import CLIPConfig
 from miniclip.errors import ImageError, MiniclipError
-from miniclip.hub import KNOWN, cached_model
+from miniclip.hub import BUNDLED, KNOWN, cached_model
 from miniclip.loading import load
 from miniclip.preprocess import open_image
 from miniclip.zero_shot import Answer, ZeroShotClassifier
@@ -138,8 +139,15 @@ def _lines(path: str, answer: Answer, bars: bool) -> Iterator[str]:
 
 def _models(options: argparse.Namespace) -> int:
     for name, known in KNOWN.items():
-        vision, source = known.config.vision, known.sources[0]
-        size = f"{source.megabytes} MB" if source.megabytes else ""
+        source = known.sources[0]
         place = "in the cache" if cached_model(name) else f"from {source.repo}"
-        print(f"{name:<16}{vision.image_size} px  {known.config.embed_dim}-d  {size:>8}  {place}")
+        _print_model(name, known.config, source.megabytes, place)
+    for name, folder in BUNDLED.items():
+        megabytes = round(sum(path.stat().st_size for path in folder.iterdir()) / 1e6)
+        _print_model(name, load(name, "cpu")[0].config, megabytes, "in this package, to try things out offline")
     return 0
+
+
+def _print_model(name: str, config: CLIPConfig, megabytes: int | None, place: str) -> None:
+    size = f"{megabytes} MB" if megabytes else ""
+    print(f"{name:<16}{config.vision.image_size:>3} px  {config.embed_dim:>3}-d  {size:>8}  {place}")

@@ -18,6 +18,8 @@ from miniclip.checkpoint import WEIGHTS, pickle_refusal, shard_names
 from miniclip.config import CLIPConfig, TextConfig, VisionConfig
 from miniclip.errors import CheckpointError, DownloadError, UnknownModelError
 
+_OFFLINE = "; --model demo, or load('demo'), is a small model that is in the package and works offline"
+
 # How long a machine without network is left waiting before it is told so.
 _TIMEOUT_SECONDS = 5
 
@@ -119,12 +121,16 @@ ALIASES = {
     "timm/vit_large_patch14_clip_336.openai": "ViT-L/14@336px",
 }
 
+#: Models that come with the package, as Hugging Face folders.
+BUNDLED = {"demo": Path(__file__).parent / "data" / "demo"}
+
 _SETTINGS = ("config.json", "open_clip_config.json", "preprocessor_config.json", "processor_config.json")
 
 
 def available_models() -> list[str]:
-    """The names ``load`` knows. It takes paths and Hub repositories as well."""
-    return list(KNOWN)
+    """The names ``load`` knows: OpenAI's models, and the small "demo" in the package. It takes paths and Hub
+    repositories as well."""
+    return [*KNOWN, *BUNDLED]
 
 
 def cached_model(name: str, cache_dir: str | Path | None = None) -> Path | None:
@@ -148,6 +154,7 @@ def fetch_known(name: str, cache_dir: str | Path | None = None) -> Path:
             refused.append(f"{source.repo} ({error})")
     raise DownloadError(
         f"none of the sources of {name} gave it: {', '.join(refused)}; try again later, or pass the path of a copy"
+        f"{_OFFLINE}"
     )
 
 
@@ -331,7 +338,7 @@ def _is_sha256(text: str) -> bool:
 
 def _unknown(repo: str, revision: str, error: Exception) -> UnknownModelError:
     return UnknownModelError(
-        f"{repo!r} is neither an existing path, nor one of {', '.join(KNOWN)}, nor a repository that can be read "
+        f"{repo!r} is neither an existing path, nor one of {', '.join(available_models())}, nor a repository that can be read "
         f"on the Hub at revision {revision!r} ({_reason(error)})"
     )
 
@@ -342,6 +349,7 @@ def _not_downloaded(what: str, cache_dir: str | Path | None, error: Exception) -
     return DownloadError(
         f"{what} is not in the cache ({os.fspath(cache_dir or constants.HF_HUB_CACHE)}) and could not be downloaded "
         f"from {constants.ENDPOINT} ({_reason(error)}); try again online, or pass the path of a folder with its weights"
+        f"{_OFFLINE if what in KNOWN else ''}"
     )
 
 

@@ -34,9 +34,9 @@ def load(
     """Load a CLIP and the preprocessing that goes with it.
 
     Args:
-        name: in this order of meaning, an existing path (a Hugging Face folder, a .safetensors file in Hugging Face's
-            or OpenAI's layout, a model.safetensors.index.json), a name from ``available_models()``, or a Hub
-            repository "owner/name", optionally "owner/name@revision".
+        name: in this order of meaning, "demo" (the small model in the package), an existing path (a Hugging Face
+            folder, a .safetensors file in Hugging Face's or OpenAI's layout, a model.safetensors.index.json), a name
+            from ``available_models()``, or a Hub repository "owner/name", optionally "owner/name@revision".
         device: "cpu", "cuda", "cuda:1", …; CUDA where there is one, else the CPU. "mps" is accepted and untested.
         jit: refused if true; openai/CLIP's archives are pickles. Here for the signature's sake.
         download_root: the folder downloads are cached in; the Hub's own cache unless given.
@@ -87,6 +87,8 @@ def _find(
     text = os.fspath(name)
     if not isinstance(text, str):
         raise TypeError(f"name must be a str or a path, got {type(name).__name__}")
+    if name in hub.BUNDLED:  # before any folder of that name: the first thing a newcomer types must work anywhere
+        return None, hub.BUNDLED[text]
     if os.path.exists(path := os.path.expanduser(text)):  # unlike Path.exists, false for what no file can be called
         return None, Path(path)
     cache_dir = Path(download_root).expanduser() if download_root is not None else None
@@ -96,9 +98,9 @@ def _find(
     repo, _, revision = text.partition("@")
     if isinstance(name, str) and _is_repository(repo):
         return None, hub.fetch_repository(repo, revision or "main", cache_dir)
-    names = ", ".join(hub.KNOWN)
+    names = ", ".join(hub.available_models())
     if re.fullmatch(r"RN\d+(x\d+)?", text):
-        raise UnknownModelError(f"{text} is a ResNet; miniclip has OpenAI's Vision Transformers: {names}")
+        raise UnknownModelError(f"{text} is a ResNet; miniclip has Vision Transformers: {', '.join(hub.KNOWN)}")
     raise UnknownModelError(
         f"{text!r} is neither an existing path, nor a known model ({names}), nor a Hub repository (owner/name)"
     )

@@ -60,6 +60,8 @@ def save_pretrained(model: CLIP, folder: str | os.PathLike[str], preprocess: Pre
                 path.write_text(json.dumps(documents[target.name], indent=2) + "\n", encoding="utf-8")
             else:
                 save_file(tensors, path, metadata={"format": "pt"})
+                # safetensors makes it readable to its owner alone; the other files have what the user's umask gives.
+                path.chmod(next(iter(temporary.values())).stat().st_mode)
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
         for target, path in temporary.items():

@@ -30,7 +30,7 @@ ROOMS = {
     "loading": {"checkpoint", "config", "errors", "hub", "model", "preprocess"},
     "saving": {"checkpoint", "errors", "model", "preprocess"},
     "zero_shot": {"errors", "model", "preprocess", "tokenizer"},
-    "cli": {"errors", "hub", "loading", "preprocess", "zero_shot"},
+    "cli": {"config", "errors", "hub", "loading", "preprocess", "zero_shot"},
     "__main__": {"cli"},
 }
 

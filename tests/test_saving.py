@@ -42,6 +42,8 @@ def test_what_is_saved_is_loaded(tiny: Path, tmp_path: Path, dtype: torch.dtype)
         "model.safetensors",
         "preprocessor_config.json",
     ]
+    modes = {path.stat().st_mode for path in (tmp_path / "new" / "folder").iterdir()}
+    assert len(modes) == 1  # whoever may read one may read all
 
 
 def test_the_file_is_the_one_transformers_writes(tiny: Path, tmp_path: Path) -> None:
