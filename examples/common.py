@@ -4,6 +4,7 @@ import csv
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 
 import miniclip
 
@@ -56,7 +57,17 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(f"{script}: {error}")
     except SystemExit as stopped:
         sys.exit(f"{script}: {stopped.code}" if isinstance(stopped.code, str) else stopped.code)
-    except ImportError as missing:
-        sys.exit(f'{script}: the package {missing.name} is missing: pip install "miniclip[examples]"')
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _say_what_is_missing(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if isinstance(error, ModuleNotFoundError):
+        script = Path(sys.argv[0]).name
+        print(f'{script}: the package {error.name} is missing: pip install "miniclip[examples]"', file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+# Not in ``run``, because most scripts import what they need before they get that far.
+sys.excepthook = _say_what_is_missing

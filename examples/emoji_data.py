@@ -51,10 +51,10 @@ PACKAGES = {
     "openmoji": "17.0.0",  # CC BY-SA 4.0: measured on, never trained on
 }
 # Those to train on. The last three are black and white or outlined: an outline is a drawing of the thing as well.
-ICONIFY = ("noto-v1", "fluent-emoji", "fluent-emoji-flat", "emojione", "fxemoji")
-ICONIFY += ("fluent-emoji-high-contrast", "emojione-monotone", "streamline-emojis")
+ICONIFY = ["noto-v1", "fluent-emoji", "fluent-emoji-flat", "emojione", "fxemoji"]
+ICONIFY += ["fluent-emoji-high-contrast", "emojione-monotone", "streamline-emojis"]
 
-# None of these is among the templates that benchmarks/demo.py measures with.
+# None of these is among the templates that demo_quality.py measures with.
 TEMPLATES = (
     "a photo of {a}.",
     "a photo of {a}.",
@@ -76,7 +76,6 @@ TEMPLATES = (
     "{a}",
     "{name}",
 )
-CAPTIONS_PER_PICTURE = 12
 
 
 @dataclass
@@ -199,9 +198,7 @@ def captions(entry: Entry, pick: random.Random) -> list[str]:
     lines += [pick.choice(TEMPLATES).format(name=other, a=with_article(other)) for other in others]
     if entry.tags:
         lines.append(f"{entry.name}, {', '.join(pick.sample(entry.tags, min(2, len(entry.tags))))}")
-        tags = pick.sample(entry.tags, min(3, len(entry.tags)))
-        lines.append(f"{pick.choice(('a picture of', 'a photo of', ''))} {' '.join(tags)}")
-    return [line.strip() for line in dict.fromkeys(lines)][:CAPTIONS_PER_PICTURE]
+    return list(dict.fromkeys(lines))
 
 
 def code(hexcode: str) -> str:
@@ -232,7 +229,8 @@ def iconify_pictures(folder: Path, name: str, entries: list[Entry]) -> Pictures:
     """An icon set knows its drawings by name; some write the words together, some number their variants."""
     files = read(folder, f"@iconify-json/{name}", lambda name: name in ("icons.json", "chars.json"))
     sets = json.loads(files["icons.json"])
-    icons, by_name = sets["icons"], {}
+    icons = sets["icons"]
+    by_name: dict[str, str] = {}
     for icon in sets["icons"]:
         by_name.setdefault(icon.replace("-", ""), icon)
         by_name.setdefault(re.sub(r"-\d$", "", icon).replace("-", ""), icon)
@@ -278,7 +276,7 @@ def write(folder: Path, sets: dict[str, Pictures], seed: int) -> None:
         before = len(rows)
         drawn = 0
         for entry, picture in pictures:
-            if picture.getextrema()[3][1] == 0:
+            if picture.getchannel("A").getextrema()[1] == 0:
                 continue  # nothing was drawn
             name = f"{vendor}/{entry.hexcode.lower()}.png"
             picture.save(folder / name)

@@ -1,13 +1,12 @@
 """Draw how similar a model finds every picture to every caption, as a matrix with the pictures along its top.
 
-    python examples/similarity.py                        eight pictures that scikit-image ships
-    python examples/similarity.py --folder my_photos     your own: my_photos/captions.csv holds image,caption
+    python examples/similarity.py               the demo model on examples/images
+    python examples/similarity.py my_photos     your own: my_photos/captions.csv holds image,caption
 
 A CLIP that understands both has its brightest cells on the diagonal.
 """
 
 import argparse
-import csv
 import textwrap
 from pathlib import Path
 
@@ -16,48 +15,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import common
 import miniclip
 
 matplotlib.use("Agg")  # a file is drawn, no window
 import matplotlib.pyplot as plt
 
-# scikit-image's name of each picture, and what a person would say it shows
-CAPTIONS = {
-    "astronaut": "a smiling astronaut in an orange space suit",
-    "chelsea": "the face of a tabby cat",
-    "coffee": "a cup of espresso on a saucer, with a spoon",
-    "rocket": "a rocket standing on its launch pad",
-    "camera": "a man looking through a camera on a tripod",
-    "horse": "the black silhouette of a horse",
-    "motorcycle_left": "a motorcycle parked in a garage",
-    "page": "a page of printed text",
-}
-
-
-def sample_photos() -> tuple[list[Image.Image], list[str]]:
-    import skimage
-
-    folder = Path(skimage.__file__).parent / "data"
-    paths = [next(folder.glob(f"{name}.*")) for name in CAPTIONS]
-    return [miniclip.open_image(path) for path in paths], list(CAPTIONS.values())
-
-
-def captioned_folder(folder: Path) -> tuple[list[Image.Image], list[str]]:
-    try:
-        with (folder / "captions.csv").open(newline="", encoding="utf-8") as file:
-            rows = [(row["image"], row["caption"]) for row in csv.DictReader(file)]
-    except FileNotFoundError:
-        raise SystemExit(f"similarity.py: {folder} has no captions.csv with the columns image,caption") from None
-    except KeyError as missing:
-        raise SystemExit(f"similarity.py: {folder / 'captions.csv'} has no column {missing}") from None
-    except UnicodeDecodeError as error:
-        raise SystemExit(f"similarity.py: {folder / 'captions.csv'} is not UTF-8 ({error.reason})") from None
-    if not rows:
-        raise SystemExit(f"similarity.py: {folder / 'captions.csv'} lists no pictures")
-    for number, (image, caption) in enumerate(rows, start=2):  # the first line is the heading
-        if not image or not caption:
-            raise SystemExit(f"similarity.py: {folder / 'captions.csv'} has no image or no caption in line {number}")
-    return [miniclip.open_image(folder / image) for image, _ in rows], [caption for _, caption in rows]
+MOST = 24
 
 
 @torch.no_grad()
@@ -101,24 +65,26 @@ def draw(matrix: torch.Tensor, photos: list[Image.Image], captions: list[str], p
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="a folder of pictures with a captions.csv (image,caption)")
-    parser.add_argument("--model", default="ViT-B/32", help="a name, path or Hub repository (default: ViT-B/32)")
+    parser.add_argument("folder", type=Path, nargs="?", help="pictures with a captions.csv (default: examples/images)")
+    parser.add_argument("--model", help="a name, path or Hub repository")
     parser.add_argument("--out", type=Path, default=Path("similarity.png"), help="the PNG (default: similarity.png)")
     options = parser.parse_args()
 
     if not options.out.resolve().parent.is_dir():
-        raise SystemExit(f"similarity.py: there is no folder {options.out.resolve().parent}")
-    photos, captions = captioned_folder(options.folder) if options.folder else sample_photos()
-    model, preprocess = miniclip.load(options.model)
+        raise SystemExit(f"there is no folder {options.out.resolve().parent}")
+    folder = options.folder or common.IMAGES
+    pairs = [(folder / name, lines[0]) for name, lines in common.read_captions(folder).items()]
+    if len(pairs) > MOST:
+        raise SystemExit(f"{folder} has {len(pairs)} pictures; a matrix that can be read has {MOST} at most")
+    photos, captions = [miniclip.open_image(path) for path, _ in pairs], [caption for _, caption in pairs]
+    name = common.model_name(options.model, own_pictures=options.folder is not None)
+    model, preprocess = miniclip.load(name)
     matrix = similarities(model, preprocess(photos), miniclip.tokenize(captions, model.context_length))
-    name = Path(options.model).name if Path(options.model).exists() else options.model
+    name = Path(name).name if Path(name).exists() else name
     draw(matrix, photos, captions, options.out, f"Cosine similarity, {name}")
     best = matrix.argmax(dim=0).eq(torch.arange(len(photos))).sum().item()
     print(f"{options.out}: the right caption scores highest for {best} of {len(photos)} pictures")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except miniclip.MiniclipError as error:
-        raise SystemExit(f"similarity.py: {error}") from None
+    common.run(main)

@@ -30,10 +30,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
 
+import common
 import miniclip
 from miniclip.config import CLIPConfig, TextConfig, VisionConfig
 from miniclip.hub import KNOWN
+from miniclip.model import VisionTransformer
 from miniclip.preprocess import OPENAI_MEAN, OPENAI_STD
 
 # 64 patches of 8 pixels; OpenAI's vocabulary and context, so that whatever runs on OpenAI's models runs on this one.
@@ -43,33 +46,16 @@ DEMO = CLIPConfig(
     text=TextConfig(width=128, layers=3, heads=2, mlp_width=512),
 )
 LOGIT_SCALE_LIMIT = math.log(100)  # section 2.5: logits are never scaled by more than 100
-SHORT = 0.1  # the last tenth of a run sees whole pictures
+EASY = 0.2  # the share of a run in which augmentation sets in
+WHOLE = 0.1  # the share of a run, its last, that sees all patches
 
 # -- data -------------------------------------------------------------------------------------------------------------
 
 
 def read_captions(folder: Path) -> dict[str, list[str]]:
-    """captions.csv as picture -> captions, both in the file's order."""
-    path = folder / "captions.csv"
-    if not folder.is_dir():
-        raise SystemExit(f"train.py: {folder} is not a folder")
-    captions: dict[str, list[str]] = {}
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            for number, row in enumerate(csv.DictReader(file), start=2):  # the first line is the heading
-                if not row["image"] or not row["caption"]:
-                    raise SystemExit(f"train.py: {path} has no image or no caption in line {number}")
-                captions.setdefault(row["image"], []).append(row["caption"])
-    except FileNotFoundError:
-        raise SystemExit(f"train.py: {folder} has no captions.csv with the columns image,caption") from None
-    except KeyError as missing:
-        raise SystemExit(f"train.py: {path} has no column {missing}") from None
-    except UnicodeDecodeError as error:
-        raise SystemExit(f"train.py: {path} is not UTF-8 ({error.reason})") from None
-    if absent := [name for name in captions if not (folder / name).is_file()]:
-        raise SystemExit(f"train.py: {path} lists {len(absent)} pictures that are not there, the first is {absent[0]}")
+    captions = common.read_captions(folder)
     if len({texts[0] for texts in captions.values()}) < 2:
-        raise SystemExit(f"train.py: {path} lists {len(captions)} pictures, a contrast takes two of different captions")
+        raise SystemExit(f"{folder} has {len(captions)} pictures, and a contrast takes two of different captions")
     return captions
 
 
@@ -210,10 +196,10 @@ def drawn(rgba: Tensor, random: torch.Generator) -> Tensor:
     rgba[some] = torch.cat([(ink + fill).expand(-1, 3, -1, -1), line + fill], dim=1)
 
     # Size, place and a slight turn.
-    angle, stretch = uniform(-0.2, 0.2), uniform(-0.12, 0.12)
-    scale = torch.exp(uniform(math.log(0.9), math.log(1.35)))  # of the window that is looked at
+    angle, stretch = uniform(-0.12, 0.12), uniform(-0.1, 0.1)
+    scale = torch.exp(uniform(math.log(0.9), math.log(1.2)))  # of the window that is looked at
     cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
-    slack = 0.25 + (scale - 1).clamp(min=0)
+    slack = 0.06 + (scale - 1).clamp(min=0)
     rows = [cos * (1 + stretch), -sin, uniform(-1, 1) * slack, sin, cos * (1 - stretch), uniform(-1, 1) * slack]
     theta = torch.stack(rows, dim=1).view(n, 2, 3)
     rgba = F.grid_sample(rgba, F.affine_grid(theta, list(rgba.shape), align_corners=False), align_corners=False)
@@ -233,7 +219,7 @@ def drawn(rgba: Tensor, random: torch.Generator) -> Tensor:
     clash = (ink - ground.mean(dim=(1, 2, 3))).abs() < 0.25
     opposite = torch.where(ink < 0.5, 0.9, 0.1)[:, None, None, None] * 0.7 + ground * 0.3
     ground = torch.where(clash[:, None, None, None], opposite, ground)
-    ground = torch.where(chance(0.45) & (ink < 0.9)[:, None, None, None], 1.0, ground)
+    ground = torch.where(chance(0.7) & (ink < 0.9)[:, None, None, None], 1.0, ground)
     return rgb + ground * (1 - alpha)
 
 
@@ -245,23 +231,27 @@ def normalise(rgb: Tensor) -> Tensor:
 # -- model ------------------------------------------------------------------------------------------------------------
 
 
-def initialise(model: miniclip.CLIP) -> None:
-    """Random weights of the sizes openai/CLIP starts from, but for the token table."""
+def initialise(model: miniclip.CLIP, vocabulary: Tensor) -> None:
+    """Random weights of the sizes openai/CLIP starts from, but for the words that are not in the ``vocabulary``."""
     text, vision = model.config.text, model.config.vision
     for tower, transformer in ((vision, model.visual.transformer), (text, model.transformer)):
-        for block in transformer.resblocks:
-            nn.init.normal_(block.attn.in_proj_weight, std=tower.width**-0.5)
-            nn.init.normal_(block.attn.out_proj.weight, std=tower.width**-0.5 * (2 * tower.layers) ** -0.5)
-            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * tower.width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=tower.width**-0.5 * (2 * tower.layers) ** -0.5)
+        residual = tower.width**-0.5 * (2 * tower.layers) ** -0.5
+        sizes = {"in_proj_weight": tower.width**-0.5, "out_proj.weight": residual}
+        sizes |= {"c_fc.weight": (2 * tower.width) ** -0.5, "c_proj.weight": residual}
+        for name, parameter in transformer.named_parameters():
+            for ending, std in sizes.items():
+                if name.endswith(ending):
+                    nn.init.normal_(parameter, std=std)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(parameter)
-    nn.init.normal_(model.visual.conv1.weight, std=(3 * vision.patch_size**2) ** -0.5)
+    nn.init.normal_(model.visual.conv1.weight, std=(3 * 3 * vision.patch_size**2) ** -0.5)
     for parameter in (model.visual.class_embedding, model.visual.positional_embedding, model.visual.proj):
         nn.init.normal_(parameter, std=vision.width**-0.5)
     # OpenAI's 0.02 supposes that every row will be trained. A word that no caption holds should say little.
     nn.init.normal_(model.token_embedding.weight, std=0.001)
+    with torch.no_grad():
+        model.token_embedding.weight[vocabulary] *= 20
     nn.init.normal_(model.positional_embedding, std=0.01)
     nn.init.normal_(model.text_projection, std=text.width**-0.5)
     nn.init.constant_(model.logit_scale, math.log(1 / 0.07))
@@ -283,7 +273,7 @@ def learning_rate(step: int, options: argparse.Namespace) -> float:
     return options.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def encode_some_patches(visual: nn.Module, images: Tensor, keep: int, random: torch.Generator) -> Tensor:
+def encode_some_patches(visual: VisionTransformer, images: Tensor, keep: int, random: torch.Generator) -> Tensor:
     """The image tower on ``keep`` of its patches, another choice for each image (FLIP, arXiv:2212.00794)."""
     x = visual.embed(images)  # (N, 1 + patches, W)
     chosen = torch.rand(x.shape[0], x.shape[1] - 1, device=x.device, generator=random).argsort(dim=1)[:, :keep] + 1
@@ -318,7 +308,7 @@ class Run:
     """The folder of a run: its state, written whole or not at all, and its learning curve."""
 
     # What may differ when a run goes on. Everything else would make it another run.
-    FREE = {"data", "out", "resume", "device", "workers", "compile", "every", "quiet"}
+    FREE = frozenset({"data", "out", "resume", "device", "workers", "compile", "every", "quiet"})
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.folder: Path = options.out
@@ -326,13 +316,13 @@ class Run:
         self.curve: list[tuple[int, float, float | None]] = []  # step, training loss, validation loss
         self.state = self.folder / "state.safetensors"
         if self.state.exists() and not options.resume:
-            raise SystemExit(f"train.py: {self.folder} holds a run already: pass --resume to go on, or another folder")
+            raise SystemExit(f"{self.folder} holds a run already: pass --resume to go on, or another folder")
         if options.resume and not self.state.exists():
-            raise SystemExit(f"train.py: there is no run to resume in {self.folder}")
+            raise SystemExit(f"there is no run to resume in {self.folder}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise SystemExit(f"train.py: {self.folder} cannot be made ({error.strerror})") from None
+            raise SystemExit(f"{self.folder} cannot be made ({error.strerror})") from None
 
     def save(self, step: int, model: miniclip.CLIP, optimiser: torch.optim.AdamW) -> None:
         tensors = {f"model/{name}": parameter.detach() for name, parameter in model.named_parameters()}
@@ -354,11 +344,11 @@ class Run:
                 notes = json.loads(file.metadata()["run"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, KeyError, TypeError) as error:
-            raise SystemExit(f"train.py: {self.state} is not the state of a run ({error})") from None
+            raise SystemExit(f"{self.state} is not the state of a run ({error})") from None
         for key, value in self.settings.items():
             if (before := notes["settings"].get(key)) != value:
                 flag = "--" + key.replace("_", "-")
-                raise SystemExit(f"train.py: the run in {self.folder} had {flag} {before}, not {value}")
+                raise SystemExit(f"the run in {self.folder} had {flag} {before}, not {value}")
         self.curve = [tuple(point) for point in notes["curve"]]
         names = {parameter: name for name, parameter in model.named_parameters()}
         with torch.no_grad():
@@ -420,14 +410,12 @@ def architecture(options: argparse.Namespace) -> CLIPConfig:
         return CLIPConfig.from_hf(json.loads(Path(options.config).read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise SystemExit(
-            f"train.py: --config {options.config} is neither 'demo', nor one of {', '.join(KNOWN)}, nor a readable "
+            f"--config {options.config} is neither 'demo', nor one of {', '.join(KNOWN)}, nor a readable "
             f"config.json ({error})"
         ) from None
 
 
 def train(options: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
     torch.manual_seed(options.seed)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     captions = read_captions(options.data)
@@ -437,7 +425,8 @@ def train(options: argparse.Namespace) -> None:
     else:
         model = miniclip.CLIP(architecture(options)).to(device)
         preprocess = miniclip.Preprocess(size=model.config.vision.image_size)
-        initialise(model)
+        texts = sorted({text for group in captions.values() for text in group})
+        initialise(model, miniclip.tokenize(texts, model.context_length, truncate=True).long().unique().to(device))
     model.requires_grad_(True).train()
     options.context_length = model.context_length
     optimiser = optimiser_for(model, options)
@@ -458,7 +447,7 @@ def train(options: argparse.Namespace) -> None:
         pin_memory=device.type == "cuda",
     )
     if options.compile:
-        model.visual.transformer.forward = torch.compile(model.visual.transformer.forward)
+        model.visual.transformer.compile()
     stop = _Stop()
     dtype = mixed_precision(device)
     generator = torch.Generator(device)
@@ -466,18 +455,24 @@ def train(options: argparse.Namespace) -> None:
     bar = tqdm(loader, initial=step, total=options.steps, unit="step", disable=options.quiet, dynamic_ncols=True)
     for batch in bar:
         if batch is None:
-            raise SystemExit("train.py: fewer than two pictures of a batch could be read")
+            raise SystemExit("fewer than two pictures of a batch could be read")
         generator.manual_seed(options.seed * 1_000_003 + step)
         pictures, tokens = (tensor.to(device, non_blocking=True) for tensor in batch)
-        images = normalise(drawn(pictures, generator) if options.augment == "drawings" else plain(pictures))
-        whole = step >= options.steps * (1 - SHORT)
+        images = plain(pictures)
+        if options.augment == "drawings":
+            # From plain pictures to almost none: a tower that has seen nothing yet learns little from disguises.
+            share = 0.9 * min(1, step / (EASY * options.steps))
+            disguised = torch.rand(len(images), 1, 1, 1, device=device, generator=generator) < share
+            images = torch.where(disguised, drawn(pictures, generator), images)
+        images = normalise(images)
+        whole = step >= options.steps * (1 - WHOLE)
         keep = patches if whole else max(1, round(patches * (1 - options.patch_dropout)))
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, options)
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             loss = loss_of(model, images, tokens, keep, generator)
         if not loss.isfinite():
-            raise SystemExit(f"train.py: the loss of step {step} is {loss.item()}: try a smaller --learning-rate")
+            raise SystemExit(f"the loss of step {step} is {loss.item()}: try a smaller --learning-rate")
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), options.clip)
@@ -500,7 +495,7 @@ def train(options: argparse.Namespace) -> None:
             bar.set_postfix_str(f"loss {mean:.3f}{shown}, scale {model.logit_scale.exp().item():.1f}")
         if stop.asked:
             bar.close()
-            raise SystemExit(f"train.py: stopped after {step} of {options.steps} steps; the same with --resume goes on")
+            raise SystemExit(f"stopped after {step} of {options.steps} steps; the same with --resume goes on")
     trained = copy.deepcopy(model).to("cpu").half() if options.half else model
     miniclip.save_pretrained(trained, options.out, preprocess)
     run.draw()
@@ -533,9 +528,9 @@ def main() -> None:
     parser.add_argument("--config", default="demo", help="demo, a known model's name or a config.json (default: demo)")
     parser.add_argument("--init", help="start from the weights of this name, path or repository; it has its own config")
     parser.add_argument("--augment", choices=("drawings", "photos"), default="drawings", help="default: drawings")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=3600)
     parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--warmup", type=int, default=200, help="steps (default: 200)")
     parser.add_argument("--weight-decay", type=float, default=0.2)
     parser.add_argument("--clip", type=float, default=1.0, help="the largest norm of all gradients (default: 1)")
@@ -553,7 +548,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except miniclip.MiniclipError as error:
-        raise SystemExit(f"train.py: {error}") from None
+    common.run(main)

@@ -1,5 +1,6 @@
 """Zero-shot classification: which of these labels does a picture show?
 
+    python examples/zero_shot.py                                    the demo model on examples/images
     python examples/zero_shot.py photo.jpg another.jpg --labels "a cat" "a dog" "a horse"
 
 The labels are the classifier: no training, and any words will do. Several templates are averaged, which makes the
@@ -8,6 +9,7 @@ answer steadier than a single prompt (section 3.1.4 of the paper).
 
 import argparse
 
+import common
 import miniclip
 
 TEMPLATES = ("a photo of {}.", "a close-up photo of {}.", "a photo of {} in the distance.", "a drawing of {}.")
@@ -15,22 +17,24 @@ TEMPLATES = ("a photo of {}.", "a close-up photo of {}.", "a photo of {} in the 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", nargs="+", help="picture files")
-    parser.add_argument("--labels", nargs="+", default=["a person", "an animal", "food", "a vehicle", "a landscape"])
-    parser.add_argument("--model", default="ViT-B/32", help="a name, path or Hub repository (default: ViT-B/32)")
+    parser.add_argument("images", nargs="*", help="picture files (default: those in examples/images)")
+    parser.add_argument("--labels", nargs="+", metavar="LABEL", help="what it may be (default: the samples' captions)")
+    parser.add_argument("--model", help="a name, path or Hub repository")
     options = parser.parse_args()
 
-    model, preprocess = miniclip.load(options.model)
-    classifier = miniclip.ZeroShotClassifier(model, preprocess, options.labels, TEMPLATES)
-    photos = [miniclip.open_image(path) for path in options.images]
-    for path, answer in zip(options.images, classifier(photos)):
+    if options.images and not options.labels:
+        raise SystemExit("what may it be? Give labels, such as --labels 'a cat' 'a dog'")
+    captions = {} if options.images else common.read_captions(common.IMAGES)
+    paths = options.images or [common.IMAGES / name for name in captions]
+    labels = options.labels or [lines[0] for lines in captions.values()]
+    photos = [miniclip.open_image(path) for path in paths]
+    model, preprocess = miniclip.load(common.model_name(options.model, own_pictures=bool(options.images)))
+    classifier = miniclip.ZeroShotClassifier(model, preprocess, labels, TEMPLATES)
+    for path, answer in zip(paths, classifier(photos)):
         print(path)
-        for label, probability in answer[:5]:
+        for label, probability in answer[:3]:
             print(f"  {probability:6.1%}  {label}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except miniclip.MiniclipError as error:
-        raise SystemExit(f"zero_shot.py: {error}") from None
+    common.run(main)

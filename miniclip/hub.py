@@ -338,8 +338,8 @@ def _is_sha256(text: str) -> bool:
 
 def _unknown(repo: str, revision: str, error: Exception) -> UnknownModelError:
     return UnknownModelError(
-        f"{repo!r} is neither an existing path, nor one of {', '.join(available_models())}, nor a repository that can be read "
-        f"on the Hub at revision {revision!r} ({_reason(error)})"
+        f"{repo!r} is neither an existing path, nor one of {', '.join(available_models())}, nor a repository that can "
+        f"be read on the Hub at revision {revision!r} ({_reason(error)})"
     )
 
 

@@ -1,7 +1,7 @@
 """How well the demo model knows emoji drawn by artists it has never seen: the numbers of its model card.
 
-    python benchmarks/demo.py                    makes the data with examples/emoji_data.py where it is missing
-    python benchmarks/demo.py --model runs/mine  the same of another model
+    python examples/demo_quality.py                    makes the data with examples/emoji_data.py where it is missing
+    python examples/demo_quality.py --model runs/mine  the same of another model
 
 Two sets were held out of its training whole: Twemoji (ordinary colour pictures) and OpenMoji (thin black outlines, and
 the same drawings with colours). An entry's text is the mean of its prompts, which use templates that training did not.
@@ -21,14 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-
 import common
 import emoji_data
-
 import miniclip
 
+ROOT = Path(__file__).parent.parent
 TEMPLATES = ("an illustration of {}.", "this is {}.", "a sticker showing {}.", "clip art of {}.")
 SETS = {"Twemoji": "twemoji", "OpenMoji, black": "openmoji-black", "OpenMoji, colour": "openmoji-color"}
 COLUMNS = ("image→text R@1", "R@5", "text→image R@1", "R@5", "50-way", "10-way")
