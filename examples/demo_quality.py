@@ -63,6 +63,7 @@ def accuracy(rank: Tensor, candidates: int, labels: int) -> float:
 
     Not sampled: a label of rank r wins if all the others come from the ``candidates - r`` that it beats.
     """
+    labels = min(labels, candidates)
     draws = math.comb(candidates - 1, labels - 1)
     won = [math.comb(candidates - r, labels - 1) / draws for r in range(1, candidates + 1)]
     return torch.tensor(won, dtype=torch.float64)[rank - 1].mean().item()

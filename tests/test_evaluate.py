@@ -13,14 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from test_hub import FakeHub, Handler, server  # noqa: F401 (a fixture)
 from transformers import CLIPModel
 
 import miniclip
+from test_hub import FakeHub, Handler, server  # noqa: F401 (a fixture)
 
 EXAMPLES = Path(miniclip.__file__).parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
 import evaluate  # noqa: E402
 
 CLASSES = ["cat", "dog", "cup of coffee", "rocket", "tree", "house", "red car", "boat", "shoe", "bird", "hat", "key"]

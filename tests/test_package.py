@@ -143,7 +143,7 @@ def test_a_program_for_openai_clip_runs_with_its_import_changed(tiny: Path, tmp_
     [
         ["zero_shot.py", "{photo}", "--labels", "a cat", "a dog", "--model", "{tiny}"],
         ["similarity.py", "--model", "{tiny}", "--out", "{out}"],
-        ["similarity.py", "--model", "{tiny}", "--out", "{out}", "--folder", "{folder}"],
+        ["similarity.py", "{folder}", "--model", "{tiny}", "--out", "{out}"],
     ],
 )
 def test_examples_run(tiny: Path, tmp_path: Path, arguments: list[str]) -> None:
@@ -164,10 +164,10 @@ def test_examples_run(tiny: Path, tmp_path: Path, arguments: list[str]) -> None:
 
 def test_examples_say_what_is_wrong_in_a_sentence(tiny: Path, tmp_path: Path) -> None:
     cases = {
-        ("zero_shot.py", "nowhere.png", "--model", str(tiny)): "nowhere.png: no such file",
-        ("zero_shot.py", "x.png", "--model", "nothing"): "'nothing' is neither an existing path",
-        ("similarity.py", "--folder", str(tmp_path), "--model", str(tiny)): "has no captions.csv",
-        ("similarity.py", "--folder", str(tmp_path / "short"), "--model", str(tiny)): "no caption in line 3",
+        ("zero_shot.py", "nowhere.png", "--labels", "x", "--model", str(tiny)): "nowhere.png: no such file",
+        ("zero_shot.py", "--model", "nothing"): "'nothing' is neither an existing path",
+        ("similarity.py", str(tmp_path), "--model", str(tiny)): "has no captions.csv",
+        ("similarity.py", str(tmp_path / "short"), "--model", str(tiny)): "no caption in line 3",
         ("similarity.py", "--out", str(tmp_path / "nowhere" / "x.png"), "--model", str(tiny)): "there is no folder",
     }
     (tmp_path / "short").mkdir()

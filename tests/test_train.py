@@ -1,0 +1,315 @@
+"""examples/train.py: it learns, it resumes to the bit, it keeps what it has, and says what is wrong with the data."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file
+from transformers import CLIPModel
+
+import miniclip
+import train
+import validate
+from conftest import make_reference
+
+EXAMPLES = Path(validate.__file__).parent / "examples"
+
+COLOURS = ("red", "green", "blue", "yellow", "black", "purple", "orange", "gray")
+SHAPES = ("circle", "square")
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixteen coloured shapes by two artists, transparent around them, with five captions each as Flickr30k has."""
+    folder = tmp_path_factory.mktemp("shapes")
+    rows = []
+    for artist, box in enumerate([(4, 4, 28, 28), (8, 8, 24, 24)]):
+        for colour in COLOURS:
+            for shape in SHAPES:
+                picture = Image.new("RGBA", (32, 32))
+                draw = ImageDraw.Draw(picture)
+                (draw.ellipse if shape == "circle" else draw.rectangle)(box, fill=colour)
+                picture.save(folder / f"{colour}_{shape}_{artist}.png")
+                thing = f"{colour} {shape}"
+                captions = [thing, f"a {thing}", f"a photo of a {thing}.", f"the {thing}", f"{shape}, {colour}"]
+                rows += [(f"{colour}_{shape}_{artist}.png", caption) for caption in captions]
+    with (folder / "captions.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("image", "caption"), *rows])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(tiny: Path) -> Path:
+    return tiny / "config.json"
+
+
+def run(*arguments: object, **options: str) -> subprocess.CompletedProcess[str]:
+    flags = [text for key, value in options.items() for text in (f"--{key.replace('_', '-')}", value)]
+    command = [sys.executable, str(EXAMPLES / "train.py"), *map(str, arguments), *flags, "--workers", "0", "--quiet"]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def small(config: Path, **changes: str) -> dict[str, str]:
+    return {"config": str(config), "steps": "6", "batch_size": "8", "warmup": "2", "every": "2", **changes}
+
+
+def test_it_learns_and_leaves_a_model_that_both_libraries_read(shapes: Path, config: Path, tmp_path: Path) -> None:
+    settings = small(config, steps="80", batch_size="16", learning_rate="2e-3", warmup="10", every="20")
+    done = run(shapes, tmp_path / "run", "--half", **settings, patch_dropout="0.25", validation="0.1")
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "config.json",
+        "learning_curve.csv",
+        "learning_curve.png",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "state.safetensors",
+    }
+    with (tmp_path / "run" / "learning_curve.csv").open() as file:
+        curve = list(csv.DictReader(file))
+    assert [row["step"] for row in curve] == ["20", "40", "60", "80"]
+    assert float(curve[-1]["training_loss"]) < 0.7 * float(curve[0]["training_loss"])
+    assert float(curve[-1]["validation_loss"]) < float(curve[0]["validation_loss"])
+    with Image.open(tmp_path / "run" / "learning_curve.png") as drawn:
+        assert drawn.width > 600
+    model, preprocess = miniclip.load(tmp_path / "run", "cpu")
+    assert load_file(tmp_path / "run" / "model.safetensors")["logit_scale"].dtype == torch.float16
+    labels = [f"a {colour} {shape}" for colour in ("red", "blue") for shape in SHAPES]
+    classifier = miniclip.ZeroShotClassifier(model, preprocess, labels, ["{}"])
+    assert classifier(miniclip.open_image(shapes / "red_square_0.png"))[0][0].startswith("a red")
+    assert classifier(miniclip.open_image(shapes / "blue_circle_0.png"))[0][0].startswith("a blue")
+    theirs = CLIPModel.from_pretrained(tmp_path / "run", dtype=torch.float32)
+    tokens, pixels = miniclip.tokenize(labels), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = theirs(pixel_values=pixels, input_ids=tokens).logits_per_image
+    torch.testing.assert_close(model(pixels, tokens)[0], expected, rtol=0, atol=1e-4)
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(shapes: Path, config: Path, tmp_path: Path) -> None:
+    assert run(shapes, tmp_path / "whole", **small(config)).returncode == 0
+    # Stopped after the second of six steps, by the signal that Ctrl-C sends.
+    program = (
+        "import signal, sys\n"
+        f"sys.path.insert(0, {str(EXAMPLES)!r})\n"
+        "import train\n"
+        "done = train.loss_of\n"
+        "calls = []\n"
+        "def loss_of(*arguments):\n"
+        "    if arguments[-1] is not None:\n"
+        "        calls.append(1)\n"
+        "        if len(calls) == 3:\n"
+        "            signal.raise_signal(signal.SIGINT)\n"
+        "    return done(*arguments)\n"
+        "train.loss_of = loss_of\n"
+        "train.main()\n"
+    )
+    flags = [text for key, value in small(config).items() for text in (f"--{key.replace('_', '-')}", value)]
+    command = [sys.executable, "-c", program, str(shapes), str(tmp_path / "part"), *flags, "--workers", "0", "--quiet"]
+    stopped = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert stopped.returncode == 1
+    assert "stopped after 3 of 6 steps; the same with --resume goes on" in stopped.stderr
+    assert not (tmp_path / "part" / "model.safetensors").exists()
+    resumed = run(shapes, tmp_path / "part", "--resume", **small(config))
+    assert resumed.returncode == 0, resumed.stderr
+    whole, part = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "part"))
+    assert all(torch.equal(whole[name], part[name]) for name in whole)
+    again = run(shapes, tmp_path / "part", "--resume", **small(config))  # nothing is left to do, and nothing changes
+    assert again.returncode == 0
+    assert all(torch.equal(whole[n], t) for n, t in load_file(tmp_path / "part" / "model.safetensors").items())
+
+
+def test_a_killed_run_resumes_from_its_last_checkpoint(shapes: Path, config: Path, tmp_path: Path) -> None:
+    settings = small(config, steps="100000", every="1")
+    flags = [text for key, value in settings.items() for text in (f"--{key.replace('_', '-')}", value)]
+    command = [sys.executable, str(EXAMPLES / "train.py"), str(shapes), str(tmp_path / "run"), *flags, "--workers", "0"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        while not (tmp_path / "run" / "state.safetensors").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+    state = load_file(tmp_path / "run" / "state.safetensors")  # whole, whenever the run was killed
+    assert any(name.startswith("exp_avg/") for name in state)
+
+
+def test_what_a_run_was_begun_with_is_kept(shapes: Path, config: Path, tmp_path: Path) -> None:
+    assert run(shapes, tmp_path / "run", **small(config)).returncode == 0
+    before = (tmp_path / "run" / "state.safetensors").read_bytes()
+    cases = [
+        ((), {}, "holds a run already: pass --resume"),
+        (("--resume",), {"learning_rate": "5e-4"}, "had --learning-rate 0.001, not 0.0005"),
+        (("--resume",), {"steps": "9"}, "had --steps 6, not 9"),
+    ]
+    for extra, changes, message in cases:
+        done = run(shapes, tmp_path / "run", *extra, **small(config, **changes))
+        assert done.returncode == 1
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+    assert (tmp_path / "run" / "state.safetensors").read_bytes() == before
+    (tmp_path / "run" / "state.safetensors").write_bytes(before[:1000])
+    done = run(shapes, tmp_path / "run", "--resume", **small(config))
+    assert "is not the state of a run" in done.stderr
+
+
+def test_wrong_data_is_told_in_a_sentence(config: Path, tmp_path: Path) -> None:
+    for name, text in {
+        "none": None,
+        "empty": "image,caption\n",
+        "columns": "picture,caption\na.png,x\n",
+        "absent": "image,caption\na.png,x\nb.png,y\n",
+        "same": "image,caption\nc.png,x\nd.png,x\n",
+    }.items():
+        (tmp_path / name).mkdir()
+        for picture in "cd":
+            Image.new("RGB", (9, 9)).save(tmp_path / name / f"{picture}.png")
+        if text is not None:
+            (tmp_path / name / "captions.csv").write_text(text)
+    messages = {
+        "nowhere": "is not a folder",
+        "none": "has no captions.csv",
+        "empty": "lists no pictures",
+        "columns": "has no column 'image'",
+        "absent": "lists 2 pictures that are not there, the first is a.png",
+        "same": "two of different captions",
+    }
+    for name, message in messages.items():
+        done = run(tmp_path / name, tmp_path / "run", **small(config))
+        assert done.returncode == 1
+        assert message in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_corrupt_picture_is_named_once_and_left_out(shapes: Path, config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for path in shapes.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "red_circle_0.png").write_bytes(b"not a picture")
+    done = run(folder, tmp_path / "run", **small(config, batch_size="16", validation="0"))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("red_circle_0.png: is not an image") == 1
+
+
+def test_fine_tuning_starts_from_the_weights_it_is_given(shapes: Path, tiny: Path, tmp_path: Path) -> None:
+    settings = {"steps": "1", "batch_size": "8", "warmup": "1", "learning_rate": "1e-9", "weight_decay": "0"}
+    done = run(shapes, tmp_path / "run", init=str(tiny), augment="photos", **settings)
+    assert done.returncode == 0, done.stderr
+    before, after = (load_file(folder / "model.safetensors") for folder in (tiny, tmp_path / "run"))
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in after)
+
+
+@pytest.mark.parametrize("batch_size", [4, 7, 16])
+def test_a_batch_never_holds_a_thing_twice(shapes: Path, batch_size: int) -> None:
+    captions = train.read_captions(shapes)
+    things = [texts[0] for texts in captions.values()]
+    batches = train.Batches(captions, batch_size, 0, 0, 9)
+    seen = [index for batch in batches.epoch(0) for index in batch]
+    assert len(seen) == len(set(seen))  # every picture at most once in an epoch
+    assert len(seen) > len(things) - 2 * batch_size
+    for batch in batches:
+        assert len(batch) == batch_size
+        assert len({things[index] for _, index in batch}) == batch_size
+    assert batches.epoch(0) != batches.epoch(1)
+    later = list(train.Batches(captions, batch_size, 0, 5, 9))
+    assert later == list(batches)[5:]  # a resumed run sees what the whole one would have
+    assert list(train.Batches(captions, batch_size, 1, 0, 9)) != list(batches)
+
+
+def test_the_schedule() -> None:
+    options = argparse.Namespace(learning_rate=2.0, warmup=10, steps=110)
+    rates = [train.learning_rate(step, options) for step in range(110)]
+    assert rates[0] == pytest.approx(0.2)
+    assert rates[9] == pytest.approx(2.0)
+    assert rates[60] == pytest.approx(1.0)
+    assert rates[109] < 0.001
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_no_weight_decay_on_gains_and_biases() -> None:
+    model = miniclip.CLIP(train.DEMO)
+    optimiser = train.optimiser_for(model, argparse.Namespace(weight_decay=0.2, learning_rate=1e-3))
+    decay = {id(p): group["weight_decay"] for group in optimiser.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        gain_or_bias = name.endswith("bias") or ".ln_" in name or name.startswith("ln_") or parameter.ndim < 2
+        assert decay[id(parameter)] == (0.0 if gain_or_bias else 0.2), name
+    assert len(decay) == len(list(model.parameters()))
+
+
+def test_words_that_no_caption_holds_start_small() -> None:
+    model = miniclip.CLIP(train.DEMO)
+    torch.manual_seed(0)
+    train.initialise(model, torch.tensor([320, 49406, 49407]))
+    rows = model.token_embedding.weight.std(dim=1)
+    assert rows[320] > 10 * rows[321]
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_the_tower_on_all_of_its_patches_is_the_tower() -> None:
+    reference = make_reference()
+    folder_free = miniclip.CLIPConfig.from_hf(reference.config.to_dict())
+    model = miniclip.CLIP(folder_free)
+    train.initialise(model, torch.arange(9))
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    whole = train.encode_some_patches(model.visual, images, 16, generator)  # in another order
+    torch.testing.assert_close(whole, model.encode_image(images), rtol=0, atol=1e-5)
+    some = train.encode_some_patches(model.visual, images, 8, generator)
+    assert F.cosine_similarity(some, whole).max() < 0.9999
+
+
+def test_augmentation_keeps_the_drawing_and_the_seed(shapes: Path) -> None:
+    names = sorted(path.name for path in shapes.glob("*_0.png"))
+    pictures = torch.stack([train.open_picture(shapes / name, 32, None) for name in names])
+    on_white = train.plain(pictures)
+    expected = torch.stack(
+        [miniclip.Preprocess(32, (0, 0, 0), (1, 1, 1))(miniclip.open_image(shapes / name)) for name in names]
+    )
+    torch.testing.assert_close(on_white, expected, rtol=0, atol=1.01 / 255)
+    before = pictures.clone()
+    one, same, other = (train.drawn(pictures, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert torch.equal(pictures, before)
+    assert one.shape == on_white.shape
+    assert one.min() >= 0
+    assert one.max() <= 1 + 1e-6
+    # Whatever the ground, there is still a drawing on it.
+    many = torch.cat([train.drawn(pictures, torch.Generator().manual_seed(seed)) for seed in range(30)])
+    assert many.std(dim=(2, 3)).amax(dim=1).min() > 0.02
+
+
+def test_a_random_crop_is_a_square_of_the_photo(tmp_path: Path) -> None:
+    import random
+
+    Image.linear_gradient("L").convert("RGB").resize((90, 60)).save(tmp_path / "photo.jpg")
+    crops = [train.open_picture(tmp_path / "photo.jpg", 32, random.Random(seed)) for seed in range(8)]
+    assert all(crop.shape == (4, 32, 32) and crop[3].min() == 255 for crop in crops)
+    assert len({crop.numpy().tobytes() for crop in crops}) > 1
+
+
+@pytest.mark.parametrize(("config", "text_layers"), [("demo", 3), ("ViT-B/16", 12)])
+def test_the_architecture_is_one_flag(config: str, text_layers: int) -> None:
+    chosen = train.architecture(argparse.Namespace(config=config))
+    assert chosen.text.layers == text_layers
+    assert (chosen.vision.patch_size, chosen.vision.image_size) == ((8, 64) if config == "demo" else (16, 224))
+    with pytest.raises(SystemExit, match="neither 'demo', nor one of ViT-B/32"):
+        train.architecture(argparse.Namespace(config="nothing"))
+
+
+def test_the_demo_is_small_and_speaks_clips_language() -> None:
+    parameters = sum(parameter.numel() for parameter in miniclip.CLIP(train.DEMO).parameters())
+    assert 2 * parameters < 20e6
+    assert (train.DEMO.text.vocab_size, train.DEMO.text.context_length) == (49408, 77)
+    json.dumps(train.DEMO.to_hf())
