@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import common
 import matplotlib
 import numpy as np
 import torch
@@ -24,7 +25,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-import common
 import miniclip
 from miniclip.layers import MultiheadAttention
 from miniclip.model import VisionTransformer

@@ -17,12 +17,12 @@ import sys
 from datetime import date
 from pathlib import Path
 
+import common
+import emoji_data
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import common
-import emoji_data
 import miniclip
 
 ROOT = Path(__file__).parent.parent

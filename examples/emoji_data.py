@@ -30,9 +30,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
-
 import common
+from PIL import Image
 
 SIZE = 64  # pixels: what the PNG packages hold
 

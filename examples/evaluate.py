@@ -22,12 +22,12 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
+import common
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-import common
 import miniclip
 from miniclip.hub import ALIASES
 

@@ -20,12 +20,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-import common
 import miniclip
 
 BATCH = 32

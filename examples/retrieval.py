@@ -15,12 +15,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import common
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import common
 import miniclip
 
 RECALL_AT = (1, 5, 10)

@@ -10,12 +10,12 @@ import argparse
 import textwrap
 from pathlib import Path
 
+import common
 import matplotlib
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import common
 import miniclip
 
 matplotlib.use("Agg")  # a file is drawn, no window

@@ -23,6 +23,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import common
+import matplotlib
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -32,12 +34,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-import common
 import miniclip
 from miniclip.config import CLIPConfig, TextConfig, VisionConfig
 from miniclip.hub import KNOWN
 from miniclip.model import VisionTransformer
 from miniclip.preprocess import OPENAI_MEAN, OPENAI_STD
+
+matplotlib.use("Agg")  # a file is drawn, no window
+import matplotlib.pyplot as plt
 
 # 64 patches of 8 pixels; OpenAI's vocabulary and context, so that whatever runs on OpenAI's models runs on this one.
 DEMO = CLIPConfig(
@@ -332,10 +336,15 @@ class Run:
                     tensors[f"{moment}/{name}"] = optimiser.state[parameter][moment]
         notes = {"step": step, "settings": self.settings, "curve": self.curve}
         temporary = self.state.with_suffix(".tmp")
-        save_file(tensors, temporary, metadata={"run": json.dumps(notes)})
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(self.state)
+        try:
+            save_file(tensors, temporary, metadata={"run": json.dumps(notes)})
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(self.state)
+        except (SafetensorError, OSError) as error:
+            temporary.unlink(missing_ok=True)
+            kept = "the state saved before is still there" if self.state.exists() else "nothing was saved before"
+            raise SystemExit(f"{self.state} cannot be written at step {step} ({error}); {kept}") from None
 
     def resume(self, model: miniclip.CLIP, optimiser: torch.optim.AdamW) -> int:
         """Put everything back as it was; returns the number of steps done."""
@@ -372,11 +381,6 @@ class Run:
         """The learning curve, as numbers and as a picture."""
         with (self.folder / "learning_curve.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("step", "training_loss", "validation_loss"), *self.curve])
-        import matplotlib
-
-        matplotlib.use("Agg")  # a file is drawn, no window
-        import matplotlib.pyplot as plt
-
         figure, axes = plt.subplots(figsize=(6, 3.6), dpi=160, layout="constrained")
         axes.plot([step for step, *_ in self.curve], [loss for _, loss, _ in self.curve], label="training", color="C0")
         validated = [(step, loss) for step, _, loss in self.curve if loss is not None]

@@ -10,6 +10,7 @@ answer steadier than a single prompt (section 3.1.4 of the paper).
 import argparse
 
 import common
+
 import miniclip
 
 TEMPLATES = ("a photo of {}.", "a close-up photo of {}.", "a photo of {} in the distance.", "a drawing of {}.")

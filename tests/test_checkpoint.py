@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from conftest import make_reference
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPModel
 
 import miniclip
-from conftest import make_reference
 from miniclip import CLIP, CheckpointError, ConfigError, checkpoint
 from miniclip.checkpoint import HF_TO_OPENAI, TRANSPOSED, open_checkpoint, read_header
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import transformers
-
 from conftest import TINY, merged
+
 from miniclip.config import CLIPConfig, TextConfig, VisionConfig
 from miniclip.errors import ConfigError
 

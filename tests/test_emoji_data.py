@@ -11,12 +11,12 @@ import sys
 import tarfile
 from pathlib import Path
 
+import demo_quality
+import emoji_data
 import pytest
 import torch
 from PIL import Image
 
-import demo_quality
-import emoji_data
 import miniclip
 import validate
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from test_hub import FakeHub, Handler, server  # noqa: F401 (a fixture)
 from transformers import CLIPModel
 
 import miniclip
-from test_hub import FakeHub, Handler, server  # noqa: F401 (a fixture)
 
 EXAMPLES = Path(miniclip.__file__).parents[1] / "examples"
 import evaluate  # noqa: E402

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import make_reference
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
 import miniclip
-from conftest import make_reference
 from miniclip import CLIP, CheckpointError, ConfigError, Preprocess, UnknownModelError, hub, loading
 from miniclip.checkpoint import open_checkpoint
 from miniclip.config import CLIPConfig

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import make_reference
 from torch import Tensor, nn
 from transformers import CLIPModel
 
 import miniclip
-from conftest import make_reference
 from miniclip import CLIP, InputError, hub, tokenize
 from miniclip.model import ResidualAttentionBlock
 

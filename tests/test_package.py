@@ -178,3 +178,18 @@ def test_examples_say_what_is_wrong_in_a_sentence(tiny: Path, tmp_path: Path) ->
         assert done.returncode == 1
         assert message in done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "package"),
+    [("similarity", "matplotlib"), ("attention", "matplotlib"), ("retrieval", "tqdm"), ("train", "tqdm")],
+)
+def test_a_missing_package_is_one_sentence(script: str, package: str, tmp_path: Path) -> None:
+    (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError('none', name='{package}')", encoding="utf-8")
+    path = str(ROOT / "examples" / f"{script}.py")
+    code = f"import runpy, sys; sys.path.insert(0, {str(tmp_path)!r}); sys.argv = [{path!r}]\n"
+    code += f"sys.path.insert(0, {str(ROOT / 'examples')!r}); runpy.run_path({path!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    said = f'{script}.py: the package {package} is missing: pip install "miniclip[examples]"'
+    assert done.stderr.strip() == said

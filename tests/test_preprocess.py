@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from data.make_preprocess_goldens import MODES, RARE_MODES, SETTINGS, SIZES, noise, picture, samples, sha256
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import miniclip.preprocess
-from data.make_preprocess_goldens import MODES, RARE_MODES, SETTINGS, SIZES, noise, picture, samples, sha256
 from miniclip import ConfigError, ImageError, InputError, MiniclipError, Preprocess, open_image
 
 # Written by data/make_preprocess_goldens.py with torchvision.

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_reference
 from PIL import Image
 from safetensors import safe_open
 from transformers import CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import miniclip
-from conftest import make_reference
 from miniclip.config import CLIPConfig, TextConfig, VisionConfig
 
 

@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import train
+from conftest import make_reference
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from transformers import CLIPModel
 
 import miniclip
-import train
 import validate
-from conftest import make_reference
 
 EXAMPLES = Path(validate.__file__).parent / "examples"
 
@@ -160,6 +160,25 @@ def test_what_a_run_was_begun_with_is_kept(shapes: Path, config: Path, tmp_path:
     (tmp_path / "run" / "state.safetensors").write_bytes(before[:1000])
     done = run(shapes, tmp_path / "run", "--resume", **small(config))
     assert "is not the state of a run" in done.stderr
+
+
+def test_a_full_disk_leaves_the_state_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = argparse.Namespace(out=tmp_path, resume=False, seed=0)
+    model = miniclip.CLIP(train.DEMO)
+    optimiser = train.optimiser_for(model, argparse.Namespace(weight_decay=0.2, learning_rate=1e-3))
+    state = train.Run(options)
+    state.save(1, model, optimiser)
+    before = state.state.read_bytes()
+
+    def full(*arguments: object, **settings: object) -> None:
+        Path(str(arguments[1])).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train, "save_file", full)
+    with pytest.raises(SystemExit, match=r"cannot be written at step 2 .*No space left.*saved before is still there"):
+        state.save(2, model, optimiser)
+    assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
+    assert state.state.read_bytes() == before
 
 
 def test_wrong_data_is_told_in_a_sentence(config: Path, tmp_path: Path) -> None:

@@ -15,15 +15,15 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from conftest import make_reference
+from test_hub import FakeHub
 from torch import Tensor, nn
 from transformers import CLIPModel
 
 import miniclip
 import validate
-from conftest import make_reference
 from miniclip import hub
 from miniclip.model import TextTransformer
-from test_hub import FakeHub
 
 Loaded = tuple[miniclip.CLIP, miniclip.Preprocess]
 

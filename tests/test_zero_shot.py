@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import make_reference
 from PIL import Image
 
 import miniclip
 import validate
-from conftest import make_reference
 from miniclip import InputError, TextTooLongError, ZeroShotClassifier
 
 LABELS = ["cat", "rocket", "cup of coffee", "astronaut {in} orbit", "größe"]
