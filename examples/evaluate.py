@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 import miniclip
 from miniclip.hub import ALIASES
@@ -197,8 +198,6 @@ def evaluate(
     model: miniclip.CLIP, preprocess: miniclip.Preprocess, data: DataSet, batch_size: int, limit: int | None
 ) -> dict[str, int]:
     """How many pictures there were, could not be read, and had their class ranked first or among the first five."""
-    from tqdm import tqdm
-
     # ImageNet has two classes named "missile": encoded once, and both stay in the ranking, the lower index first.
     labels = list(dict.fromkeys(data.classes))
     classifier = miniclip.ZeroShotClassifier(model, preprocess, labels, data.templates)

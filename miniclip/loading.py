@@ -100,7 +100,9 @@ def _find(
         return None, hub.fetch_repository(repo, revision or "main", cache_dir)
     names = ", ".join(hub.available_models())
     if re.fullmatch(r"RN\d+(x\d+)?", text):
-        raise UnknownModelError(f"{text} is a ResNet; miniclip has Vision Transformers: {', '.join(hub.KNOWN)}")
+        raise UnknownModelError(
+            f"{text} is a ResNet; miniclip has OpenAI's Vision Transformers: {', '.join(hub.KNOWN)}"
+        )
     raise UnknownModelError(
         f"{text!r} is neither an existing path, nor a known model ({names}), nor a Hub repository (owner/name)"
     )

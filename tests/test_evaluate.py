@@ -374,10 +374,3 @@ def test_what_is_no_data_set(fail: Callable[..., str], run: Run, tiny: Path, tmp
     with pytest.raises(SystemExit) as stopped:
         run(tmp_path, "--limit", 0)
     assert stopped.value.code == 2
-
-
-def test_a_missing_package_is_a_sentence(
-    fail: Callable[..., str], files: Files, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "tqdm", None)
-    assert "the package tqdm is missing" in fail(written(tmp_path, files), "--model", tiny)

@@ -182,7 +182,13 @@ def test_examples_say_what_is_wrong_in_a_sentence(tiny: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("script", "package"),
-    [("similarity", "matplotlib"), ("attention", "matplotlib"), ("retrieval", "tqdm"), ("train", "tqdm")],
+    [
+        ("similarity", "matplotlib"),
+        ("attention", "matplotlib"),
+        ("retrieval", "tqdm"),
+        ("train", "tqdm"),
+        ("evaluate", "tqdm"),
+    ],
 )
 def test_a_missing_package_is_one_sentence(script: str, package: str, tmp_path: Path) -> None:
     (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError('none', name='{package}')", encoding="utf-8")
