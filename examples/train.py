@@ -548,7 +548,12 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile the image tower: takes a C++ compiler")
     parser.add_argument("--resume", action="store_true", help="go on with the run in OUT")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    train(parser.parse_args())
+    options = parser.parse_args()
+    if options.steps < 1 or options.every < 1 or options.batch_size < 2:
+        parser.error("--steps and --every must be at least 1, --batch-size at least 2: one pair has no contrast")
+    if not (0 <= options.patch_dropout < 1 and 0 <= options.validation < 1):
+        parser.error("--patch-dropout and --validation are shares, from 0 to below 1")
+    train(options)
 
 
 if __name__ == "__main__":

@@ -210,6 +210,14 @@ def test_wrong_data_is_told_in_a_sentence(config: Path, tmp_path: Path) -> None:
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("flag", ["--steps=0", "--every=0", "--batch-size=1", "--patch-dropout=1", "--validation=1"])
+def test_numbers_that_make_no_run_are_refused(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "data", "out", flag])
+    with pytest.raises(SystemExit) as caught:
+        train.main()
+    assert caught.value.code == 2
+
+
 def test_a_corrupt_picture_is_named_once_and_left_out(shapes: Path, config: Path, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
