@@ -32,10 +32,12 @@ from miniclip.model import VisionTransformer
 matplotlib.use("Agg")  # a file is drawn, no window
 import matplotlib.pyplot as plt
 
+plt.rcParams["text.parse_math"] = False  # a prompt may hold dollars
+
 SAMPLES = {
-    "sailboat.png": ("a sailboat on the water", "the sea"),
-    "house.png": ("a house with a garden", "a tree"),
-    "snowman.png": ("a snowman", "a hat"),
+    "cat.png": ("a cat", "a red heart"),
+    "house.png": ("a house", "a tree"),
+    "sailboat.png": ("a boat", "water"),
 }
 DRAWN = 512  # pixels of a drawn picture's side, at least
 COLOURS = "OrRd"  # light where there is nothing, and readable in print
@@ -67,7 +69,7 @@ def encode_image(visual: VisionTransformer, pixels: Tensor) -> tuple[Tensor, lis
 
 
 def relevance(attentions: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-    """How much each patch counts for the class token, (N, patches): equations 5 and 6 of the paper, its last row."""
+    """How much each patch counts for the class token, (N, patches): equations 5 and 6, that token's row."""
     length = attentions[0].shape[-1]
     total = torch.eye(length, dtype=attentions[0].dtype, device=attentions[0].device)
     for attention, gradient in zip(attentions, gradients):
@@ -152,6 +154,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("attention.png"), help="the PNG (default: attention.png)")
     options = parser.parse_args()
 
+    if options.out.suffix.lower() != ".png":
+        raise SystemExit(f"{options.out}: the picture is a PNG, and its name should end in .png")
     if not options.out.resolve().parent.is_dir():
         raise SystemExit(f"there is no folder {options.out.resolve().parent}")
     if options.image is not None and not options.prompts:

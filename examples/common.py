@@ -1,12 +1,25 @@
 """What the examples share: the sample pictures, captioned folders, and which model is meant."""
 
 import csv
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-import miniclip
+
+def _say_what_is_missing(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if isinstance(error, ModuleNotFoundError):
+        script = Path(sys.argv[0]).name
+        print(f'{script}: the package {error.name} is missing: pip install "miniclip[examples]"', file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+# Not in ``run``, because the scripts import what they need before they get that far.
+sys.excepthook = _say_what_is_missing
+
+import miniclip  # noqa: E402
 
 IMAGES = Path(__file__).parent / "images"
 
@@ -30,6 +43,8 @@ def read_captions(folder: Path) -> dict[str, list[str]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             for number, row in enumerate(csv.DictReader(file), start=2):  # the first line is the heading
+                if None in row:
+                    raise SystemExit(f'{path} has a comma too many in line {number}: put a caption with commas in "')
                 if not row["image"] or not row["caption"]:
                     raise SystemExit(f"{path} has no image or no caption in line {number}")
                 captions.setdefault(row["image"], []).append(row["caption"])
@@ -43,7 +58,7 @@ def read_captions(folder: Path) -> dict[str, list[str]]:
         raise SystemExit(f"{path} cannot be read ({error})") from None
     if not captions:
         raise SystemExit(f"{path} lists no pictures")
-    if absent := [name for name in captions if not (folder / name).is_file()]:
+    if absent := [name for name in captions if not os.path.isfile(folder / name)]:
         raise SystemExit(f"{path} lists {len(absent)} pictures that are not there, the first is {absent[0]}")
     return captions
 
@@ -58,16 +73,10 @@ def run(main: Callable[[], None]) -> None:
     except SystemExit as stopped:
         sys.exit(f"{script}: {stopped.code}" if isinstance(stopped.code, str) else stopped.code)
     except KeyboardInterrupt:
+        print(f"{script}: interrupted", file=sys.stderr)
         sys.exit(130)
-
-
-def _say_what_is_missing(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if isinstance(error, ModuleNotFoundError):
-        script = Path(sys.argv[0]).name
-        print(f'{script}: the package {error.name} is missing: pip install "miniclip[examples]"', file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
-# Not in ``run``, because most scripts import what they need before they get that far.
-sys.excepthook = _say_what_is_missing
+    except BrokenPipeError:
+        # Whoever read our output has had enough, as `head` does. Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # no room, no permission
+        sys.exit(f"{script}: {error}")

@@ -9,6 +9,7 @@ the same drawings with colours). An entry's text is the mean of its prompts, whi
 
 import argparse
 import csv
+import hashlib
 import json
 import math
 import platform
@@ -28,7 +29,7 @@ import miniclip
 ROOT = Path(__file__).parent.parent
 TEMPLATES = ("an illustration of {}.", "this is {}.", "a sticker showing {}.", "clip art of {}.")
 SETS = {"Twemoji": "twemoji", "OpenMoji, black": "openmoji-black", "OpenMoji, colour": "openmoji-color"}
-COLUMNS = ("image→text R@1", "R@5", "text→image R@1", "R@5", "50-way", "10-way")
+COLUMNS = ("image→text R@1", "image→text R@5", "text→image R@1", "text→image R@5", "50-way", "10-way")
 
 
 @torch.no_grad()
@@ -75,7 +76,16 @@ def measure(images: Tensor, texts: Tensor, right: Tensor) -> dict[str, float]:
     of_image = ranks(similarity, right)
     of_text = ranks(similarity.T[right], torch.arange(len(right)))  # among the pictures of this set
     values = (recall(of_image, 1), recall(of_image, 5), recall(of_text, 1), recall(of_text, 5))
-    return dict(zip(COLUMNS, (*values, accuracy(of_image, len(texts), 50), accuracy(of_image, len(texts), 10))))
+    ways = (accuracy(of_image, len(texts), 50), accuracy(of_image, len(texts), 10))
+    return dict(zip(COLUMNS, (*values, *ways), strict=True))
+
+
+def checksum(model: miniclip.CLIP) -> str:
+    """What tells this model's parameters from any others."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode() + value.float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def entries_of(folder: Path) -> dict[str, str]:
@@ -91,8 +101,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the numbers to this file as well")
     options = parser.parse_args()
 
+    if options.json and not options.json.resolve().parent.is_dir():
+        raise SystemExit(f"there is no folder {options.json.resolve().parent}")
     if any(not (options.data / folder / "captions.csv").is_file() for folder in SETS.values()):
-        subprocess.run([sys.executable, str(ROOT / "examples" / "emoji_data.py"), str(options.data)], check=True)
+        command = [sys.executable, str(ROOT / "examples" / "emoji_data.py"), str(options.data)]
+        if subprocess.run(command, check=False).returncode:
+            raise SystemExit(f"{options.data} holds no data to measure on, and could not be made")
     model, preprocess = miniclip.load(options.model, "cpu", dtype=torch.float32)
     names = (options.data / "names.txt").read_text(encoding="utf-8").splitlines()
     texts = text_features(model, names)
@@ -100,6 +114,8 @@ def main() -> None:
     for title, folder in SETS.items():
         entries = entries_of(options.data / folder)
         images = image_features(model, preprocess, [options.data / folder / name for name in entries])
+        if strange := set(entries.values()) - set(names):
+            raise SystemExit(f"{options.data / folder} has captions that names.txt has not, such as {strange.pop()!r}")
         right = torch.tensor([names.index(name) for name in entries.values()])
         table[title] = {"pictures": len(entries), **measure(images, texts, right)}
 
@@ -111,8 +127,9 @@ def main() -> None:
         print(f"| {title} | {values['pictures']:,} | {numbers} |")
     if options.json:
         versions = {"python": platform.python_version(), "torch": torch.__version__, "miniclip": miniclip.__version__}
-        result = {"date": str(date.today()), "model": options.model, "versions": versions, "entries": len(names)}
-        options.json.write_text(json.dumps({**result, "templates": TEMPLATES, "sets": table}, indent=2) + "\n")
+        result = {"date": str(date.today()), "model": options.model, "parameters_sha256": checksum(model)}
+        result |= {"versions": versions, "entries": len(names), "templates": TEMPLATES, "sets": table}
+        options.json.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -130,18 +130,29 @@ def best_C(features: np.ndarray, labels: np.ndarray, rng: random.Random) -> floa
     return SWEEP[int(np.argmax(scores))]
 
 
-def read(
-    folder: Path, model: miniclip.CLIP, preprocess: miniclip.Preprocess, rng: random.Random
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Features and classes of the training pictures, then of the test pictures."""
+def listed(folder: Path) -> tuple[list[Example], list[Example]]:
+    """The pictures to train on and those to test on; none of the latter where the folder does not tell them apart."""
     if not ((folder / "train").is_dir() and (folder / "test").is_dir()):
-        features, labels = encode(model, preprocess, class_folders(folder))
-        held = hold_out(labels, rng, "the test")
-        return features[~held], labels[~held], features[held], labels[held]
+        return class_folders(folder), []
     train, test = class_folders(folder / "train"), class_folders(folder / "test")
     if unknown := sorted({label for _, label in test} - {label for _, label in train}):
         raise SystemExit(f"{folder / 'train'} has no pictures of {len(unknown)} of the test's classes: {unknown[0]!r}")
-    return *encode(model, preprocess, train), *encode(model, preprocess, test)
+    return train, test
+
+
+def read(
+    examples: tuple[list[Example], list[Example]],
+    model: miniclip.CLIP,
+    preprocess: miniclip.Preprocess,
+    rng: random.Random,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Features and classes of the training pictures, then of the test pictures."""
+    train, test = examples
+    features, labels = encode(model, preprocess, train)
+    if test:
+        return features, labels, *encode(model, preprocess, test)
+    held = hold_out(labels, rng, "the test")
+    return features[~held], labels[~held], features[held], labels[held]
 
 
 def main() -> None:
@@ -154,9 +165,10 @@ def main() -> None:
     import sklearn  # noqa: F401  so that a missing package is noticed before the work, not after it
 
     rng = random.Random(options.seed)
+    examples = listed(options.folder) if options.folder is not None else None
     model, preprocess = miniclip.load(common.model_name(options.model, own_pictures=options.folder is not None))
-    if options.folder is not None:
-        train, train_labels, test, test_labels = read(options.folder, model, preprocess, rng)
+    if examples is not None:
+        train, train_labels, test, test_labels = read(examples, model, preprocess, rng)
         template = "a photo of a {}."
     else:
         train, train_labels = encode(model, preprocess, sample_copies(rng))

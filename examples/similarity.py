@@ -21,6 +21,8 @@ import miniclip
 matplotlib.use("Agg")  # a file is drawn, no window
 import matplotlib.pyplot as plt
 
+plt.rcParams["text.parse_math"] = False  # a caption may hold dollars
+
 MOST = 24
 
 
@@ -70,6 +72,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("similarity.png"), help="the PNG (default: similarity.png)")
     options = parser.parse_args()
 
+    if options.out.suffix.lower() != ".png":
+        raise SystemExit(f"{options.out}: the picture is a PNG, and its name should end in .png")
     if not options.out.resolve().parent.is_dir():
         raise SystemExit(f"there is no folder {options.out.resolve().parent}")
     folder = options.folder or common.IMAGES
@@ -82,7 +86,8 @@ def main() -> None:
     matrix = similarities(model, preprocess(photos), miniclip.tokenize(captions, model.context_length))
     name = Path(name).name if Path(name).exists() else name
     draw(matrix, photos, captions, options.out, f"Cosine similarity, {name}")
-    best = matrix.argmax(dim=0).eq(torch.arange(len(photos))).sum().item()
+    # By its words: two pictures may have the same caption.
+    best = sum(captions[row] == caption for row, caption in zip(matrix.argmax(dim=0).tolist(), captions))
     print(f"{options.out}: the right caption scores highest for {best} of {len(photos)} pictures")
 
 

@@ -1,7 +1,7 @@
 """Train a CLIP, from scratch or from given weights, as in section 2 of the paper (arXiv:2103.00020).
 
     python examples/emoji_data.py emoji
-    python examples/train.py emoji/train runs/demo                      the model that load("demo") gives
+    python examples/train.py emoji/train runs/demo --half               the model that load("demo") gives
     python examples/train.py my_photos runs/mine --config ViT-B/16 --augment photos --batch-size 1024 --steps 50000
     python examples/train.py my_photos runs/tuned --init ViT-B/32 --augment photos --learning-rate 1e-5
 
@@ -14,20 +14,21 @@ the same command with --resume goes on from there, on the same data in the same 
 import argparse
 import copy
 import csv
+import hashlib
 import json
 import math
 import os
 import random
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import common
 import matplotlib
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -38,7 +39,6 @@ import miniclip
 from miniclip.config import CLIPConfig, TextConfig, VisionConfig
 from miniclip.hub import KNOWN
 from miniclip.model import VisionTransformer
-from miniclip.preprocess import OPENAI_MEAN, OPENAI_STD
 
 matplotlib.use("Agg")  # a file is drawn, no window
 import matplotlib.pyplot as plt
@@ -66,12 +66,20 @@ def read_captions(folder: Path) -> dict[str, list[str]]:
 class Pairs(Dataset[tuple[Tensor, Tensor] | None]):
     """(step, picture) -> RGBA pixels (4, S, S) uint8 and token ids (77,), the same ones whenever it is asked again."""
 
-    def __init__(self, folder: Path, captions: dict[str, list[str]], options: argparse.Namespace, size: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        captions: dict[str, list[str]],
+        options: argparse.Namespace,
+        size: int,
+        unknown: Sequence[int] = (),
+    ) -> None:
         self.folder = folder
         self.names = list(captions)
         self.captions = list(captions.values())
         self.seed, self.photos, self.size = options.seed, options.augment == "photos", size
         self.context_length = options.context_length
+        self.unknown, self.share = unknown, options.unknown_words  # ids, and how many captions receive some of them
         self.reported: set[str] = set()
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
@@ -84,8 +92,18 @@ class Pairs(Dataset[tuple[Tensor, Tensor] | None]):
                 self.reported.add(name)
                 print(f"\ntrain.py: left out: {error}", file=sys.stderr, flush=True)
             return None
-        caption = pick.choice(self.captions[index])
-        return picture, miniclip.tokenize(caption, self.context_length, truncate=True)[0]
+        tokens = miniclip.tokenize(pick.choice(self.captions[index]), self.context_length, truncate=True)[0]
+        if self.unknown and pick.random() < self.share:
+            tokens = with_unknown_words(tokens, self.unknown, pick)
+        return picture, tokens
+
+
+def with_unknown_words(tokens: Tensor, unknown: Sequence[int], pick: random.Random) -> Tensor:
+    """One to three words put anywhere between the start and the end token of a row (77,), where there is room."""
+    ids = tokens[: int(tokens.argmax()) + 1].tolist()
+    for _ in range(min(pick.randint(1, 3), len(tokens) - len(ids))):
+        ids.insert(pick.randint(1, len(ids) - 1), pick.choice(unknown))
+    return F.pad(torch.tensor(ids, dtype=tokens.dtype), (0, len(tokens) - len(ids)))
 
 
 def open_picture(path: Path, size: int, crop: random.Random | None) -> Tensor:
@@ -93,7 +111,7 @@ def open_picture(path: Path, size: int, crop: random.Random | None) -> Tensor:
     try:
         with Image.open(path) as opened:
             transparent = "A" in opened.getbands() or "transparency" in opened.info
-            picture = opened.convert("RGBA") if transparent else None
+            picture = ImageOps.exif_transpose(opened).convert("RGBA") if transparent else None
     except Exception:  # open_image says what is wrong with it
         picture = None
     picture = picture or miniclip.open_image(path).convert("RGBA")
@@ -135,6 +153,8 @@ class Batches(Sampler[list[tuple[int, int]]]):
     def epoch(self, number: int) -> list[list[int]]:
         order = list(range(len(self.things)))
         random.Random(f"{self.seed} {number}").shuffle(order)
+        if self.batch_size > (distinct := len(set(self.things))):
+            return self.rounds(order, distinct)
         batches: list[list[int]] = []
         things: list[set[str]] = []
         first_open = 0
@@ -152,8 +172,15 @@ class Batches(Sampler[list[tuple[int, int]]]):
             things[place].add(self.things[index])
             while first_open < len(batches) and len(batches[first_open]) == self.batch_size:
                 first_open += 1
-        full = [batch for batch in batches if len(batch) == self.batch_size]
-        return full or [max(batches, key=len)]  # a folder smaller than a batch is a batch
+        return [batch for batch in batches if len(batch) == self.batch_size] or [max(batches, key=len)]
+
+    def rounds(self, order: list[int], distinct: int) -> list[list[int]]:
+        """Fewer things than a batch would hold: each batch has every one of them, in another picture each time."""
+        pictures: dict[str, list[int]] = {}
+        for index in order:
+            pictures.setdefault(self.things[index], []).append(index)
+        times = -(-len(order) // distinct)
+        return [[these[turn % len(these)] for these in pictures.values()] for turn in range(times)]
 
 
 def collate(pairs: list[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor] | None:
@@ -173,7 +200,7 @@ def plain(rgba: Tensor) -> Tensor:
     return rgba[:, :3] * rgba[:, 3:] + (1 - rgba[:, 3:])
 
 
-def drawn(rgba: Tensor, random: torch.Generator) -> Tensor:
+def drawn(rgba: Tensor, random: torch.Generator, outlines: float = 0.2) -> Tensor:
     """Drawings in other colours, places and sizes, sometimes as outlines, on any ground: (N, 4, S, S) uint8 -> RGB.
 
     Never mirrored: arrows, hands and letters would change their meaning.
@@ -190,8 +217,8 @@ def drawn(rgba: Tensor, random: torch.Generator) -> Tensor:
     alpha = rgba[:, 3:]
     rgba = torch.cat([rgba[:, :3] * alpha, alpha], dim=1)  # premultiplied, so that filtering mixes no hidden colours
 
-    # A fifth become outlines: dark wherever colour or opacity changes, empty or white inside.
-    some = (uniform(0, 1) < 0.2).nonzero()[:, 0]
+    # Some become outlines: dark wherever colour or opacity changes, empty or white inside.
+    some = (uniform(0, 1) < outlines).nonzero()[:, 0]
     shape, cover = rgba[some], alpha[some]
     change = (F.max_pool2d(shape, 3, 1, 1) + F.max_pool2d(-shape, 3, 1, 1)).amax(dim=1, keepdim=True)
     line = ((change - uniform(0.05, 0.3, 1, 1, 1)[some]) * uniform(1.5, 4, 1, 1, 1)[some]).clamp(0, 1)
@@ -227,8 +254,8 @@ def drawn(rgba: Tensor, random: torch.Generator) -> Tensor:
     return rgb + ground * (1 - alpha)
 
 
-def normalise(rgb: Tensor) -> Tensor:
-    mean, std = (rgb.new_tensor(values).view(3, 1, 1) for values in (OPENAI_MEAN, OPENAI_STD))
+def normalise(rgb: Tensor, preprocess: miniclip.Preprocess) -> Tensor:
+    mean, std = (rgb.new_tensor(values).view(3, 1, 1) for values in (preprocess.mean, preprocess.std))
     return (rgb - mean) / std
 
 
@@ -259,6 +286,12 @@ def initialise(model: miniclip.CLIP, vocabulary: Tensor) -> None:
     nn.init.normal_(model.positional_embedding, std=0.01)
     nn.init.normal_(model.text_projection, std=text.width**-0.5)
     nn.init.constant_(model.logit_scale, math.log(1 / 0.07))
+
+
+def known_words(captions: dict[str, list[str]], model: miniclip.CLIP) -> Tensor:
+    """The ids of all tokens that any caption holds."""
+    texts = sorted({text for group in captions.values() for text in group})
+    return miniclip.tokenize(texts, model.context_length, truncate=True).long().unique()
 
 
 def optimiser_for(model: miniclip.CLIP, options: argparse.Namespace) -> torch.optim.AdamW:
@@ -294,7 +327,8 @@ def loss_of(model: miniclip.CLIP, images: Tensor, tokens: Tensor, keep: int, ran
         image_features = model.encode_image(images)
     image_features = F.normalize(image_features.float(), dim=1)
     text_features = F.normalize(model.encode_text(tokens).float(), dim=1)
-    return miniclip.contrastive_loss(model.logit_scale.exp() * image_features @ text_features.T)
+    with torch.autocast(images.device.type, enabled=False):  # half precision has no room for logits of a hundred
+        return miniclip.contrastive_loss(model.logit_scale.exp() * image_features @ text_features.T)
 
 
 def mixed_precision(device: torch.device) -> torch.dtype | None:
@@ -321,6 +355,8 @@ class Run:
         self.state = self.folder / "state.safetensors"
         if self.state.exists() and not options.resume:
             raise SystemExit(f"{self.folder} holds a run already: pass --resume to go on, or another folder")
+        if (self.folder / "model.safetensors").exists() and not options.resume:
+            raise SystemExit(f"{self.folder} holds a model already: choose another folder")
         if options.resume and not self.state.exists():
             raise SystemExit(f"there is no run to resume in {self.folder}")
         try:
@@ -346,6 +382,11 @@ class Run:
             kept = "the state saved before is still there" if self.state.exists() else "nothing was saved before"
             raise SystemExit(f"{self.state} cannot be written at step {step} ({error}); {kept}") from None
 
+    def begins_with(self, data: Path) -> None:
+        """The captions are a setting as well: of others, the pictures would be divided otherwise."""
+        with (data / "captions.csv").open("rb") as file:
+            self.settings["captions"] = hashlib.file_digest(file, "sha256").hexdigest()
+
     def resume(self, model: miniclip.CLIP, optimiser: torch.optim.AdamW) -> int:
         """Put everything back as it was; returns the number of steps done."""
         try:
@@ -356,10 +397,15 @@ class Run:
             raise SystemExit(f"{self.state} is not the state of a run ({error})") from None
         for key, value in self.settings.items():
             if (before := notes["settings"].get(key)) != value:
+                if key == "captions":
+                    raise SystemExit(f"the run in {self.folder} was begun with other captions: its data has changed")
                 flag = "--" + key.replace("_", "-")
                 raise SystemExit(f"the run in {self.folder} had {flag} {before}, not {value}")
         self.curve = [tuple(point) for point in notes["curve"]]
         names = {parameter: name for name, parameter in model.named_parameters()}
+        shapes = {f"model/{name}": parameter.shape for parameter, name in names.items()}
+        if shapes != {name: value.shape for name, value in tensors.items() if name.startswith("model/")}:
+            raise SystemExit(f"the run in {self.folder} has another architecture: its configuration has changed")
         with torch.no_grad():
             for parameter, name in names.items():
                 parameter.copy_(tensors[f"model/{name}"])
@@ -411,34 +457,52 @@ def architecture(options: argparse.Namespace) -> CLIPConfig:
     if options.config in KNOWN:
         return KNOWN[options.config].config
     try:
-        return CLIPConfig.from_hf(json.loads(Path(options.config).read_text(encoding="utf-8")))
+        config = CLIPConfig.from_hf(json.loads(Path(options.config).read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise SystemExit(
             f"--config {options.config} is neither 'demo', nor one of {', '.join(KNOWN)}, nor a readable "
             f"config.json ({error})"
         ) from None
+    if config.text.vocab_size < (ids := miniclip.Tokenizer().vocab_size):
+        raise SystemExit(f"{options.config} has room for {config.text.vocab_size} tokens, the vocabulary has {ids}")
+    return config
+
+
+def usable(device: str | None) -> torch.device:
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=chosen).device
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        raise SystemExit(f"--device {chosen} cannot be used ({str(error).splitlines()[0]})") from None
 
 
 def train(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = usable(options.device)
     captions = read_captions(options.data)
+    training, validation = split(captions, options.validation, options.seed)
+    if len({texts[0] for texts in training.values()}) < 2:
+        raise SystemExit(f"of {len(captions)} pictures --validation {options.validation} leaves too few to train on")
     run = Run(options)
+    run.begins_with(options.data)
     if options.init:
         model, preprocess = miniclip.load(options.init, device, dtype=torch.float32)
     else:
         model = miniclip.CLIP(architecture(options)).to(device)
         preprocess = miniclip.Preprocess(size=model.config.vision.image_size)
-        texts = sorted({text for group in captions.values() for text in group})
-        initialise(model, miniclip.tokenize(texts, model.context_length, truncate=True).long().unique().to(device))
+        initialise(model, known_words(captions, model).to(device))
+    unknown = torch.zeros(0, dtype=torch.long)
+    if options.unknown_words:
+        known = known_words(captions, model)
+        unknown = torch.ones(model.vocab_size, dtype=torch.bool).index_fill(0, known, False).nonzero()[:, 0]
     model.requires_grad_(True).train()
     options.context_length = model.context_length
     optimiser = optimiser_for(model, options)
     step = run.resume(model, optimiser) if options.resume else 0
 
     size, patches = model.config.vision.image_size, model.config.vision.grid**2
-    training, validation = split(captions, options.validation, options.seed)
-    pairs = Pairs(options.data, training, options, size)
+    pairs = Pairs(options.data, training, options, size, unknown.tolist())
+    unknown = unknown.to(device)
     held_out = Pairs(options.data, validation, options, size)
     held_out_batch = Batches(validation, options.batch_size, options.seed, 0, 1).epoch(0)[0] if validation else []
     held_out_pairs = collate([held_out[-1, index] for index in held_out_batch])
@@ -459,7 +523,7 @@ def train(options: argparse.Namespace) -> None:
     bar = tqdm(loader, initial=step, total=options.steps, unit="step", disable=options.quiet, dynamic_ncols=True)
     for batch in bar:
         if batch is None:
-            raise SystemExit("fewer than two pictures of a batch could be read")
+            raise SystemExit(f"fewer than two pictures of a batch of {options.batch_size} could be read")
         generator.manual_seed(options.seed * 1_000_003 + step)
         pictures, tokens = (tensor.to(device, non_blocking=True) for tensor in batch)
         images = plain(pictures)
@@ -467,8 +531,8 @@ def train(options: argparse.Namespace) -> None:
             # From plain pictures to almost none: a tower that has seen nothing yet learns little from disguises.
             share = 0.9 * min(1, step / (EASY * options.steps))
             disguised = torch.rand(len(images), 1, 1, 1, device=device, generator=generator) < share
-            images = torch.where(disguised, drawn(pictures, generator), images)
-        images = normalise(images)
+            images = torch.where(disguised, drawn(pictures, generator, options.outlines), images)
+        images = normalise(images, preprocess)
         whole = step >= options.steps * (1 - WHOLE)
         keep = patches if whole else max(1, round(patches * (1 - options.patch_dropout)))
         for group in optimiser.param_groups:
@@ -479,6 +543,8 @@ def train(options: argparse.Namespace) -> None:
             raise SystemExit(f"the loss of step {step} is {loss.item()}: try a smaller --learning-rate")
         optimiser.zero_grad()
         loss.backward()
+        if len(unknown):  # they stand for any word, and none of them is to mean anything
+            model.token_embedding.weight.grad.index_fill_(0, unknown, 0)  # type: ignore[union-attr]
         nn.utils.clip_grad_norm_(model.parameters(), options.clip)
         optimiser.step()
         with torch.no_grad():
@@ -492,13 +558,14 @@ def train(options: argparse.Namespace) -> None:
             if held_out_pairs is not None:
                 with torch.no_grad():
                     pictures, tokens = (tensor.to(device) for tensor in held_out_pairs)
-                    validated = loss_of(model, normalise(plain(pictures)), tokens, patches, None).item()
+                    validated = loss_of(model, normalise(plain(pictures), preprocess), tokens, patches, None).item()
             run.curve.append((step, mean, validated))
             run.save(step, model, optimiser)
             shown = "" if validated is None else f", validation {validated:.3f}"
             bar.set_postfix_str(f"loss {mean:.3f}{shown}, scale {model.logit_scale.exp().item():.1f}")
         if stop.asked:
             bar.close()
+            run.draw()
             raise SystemExit(f"stopped after {step} of {options.steps} steps; the same with --resume goes on")
     trained = copy.deepcopy(model).to("cpu").half() if options.half else model
     miniclip.save_pretrained(trained, options.out, preprocess)
@@ -532,13 +599,20 @@ def main() -> None:
     parser.add_argument("--config", default="demo", help="demo, a known model's name or a config.json (default: demo)")
     parser.add_argument("--init", help="start from the weights of this name, path or repository; it has its own config")
     parser.add_argument("--augment", choices=("drawings", "photos"), default="drawings", help="default: drawings")
-    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--outlines", type=float, default=0.2, help="share of drawings turned into them (default: 0.2)")
+    parser.add_argument("--steps", type=int, default=3200)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--warmup", type=int, default=200, help="steps (default: 200)")
     parser.add_argument("--weight-decay", type=float, default=0.2)
     parser.add_argument("--clip", type=float, default=1.0, help="the largest norm of all gradients (default: 1)")
     parser.add_argument("--patch-dropout", type=float, default=0.5, help="until the last tenth (default: 0.5)")
+    parser.add_argument(
+        "--unknown-words",
+        type=float,
+        help="share of captions that get words which no caption holds, so that a model from scratch learns to read "
+        "past them (default: 0.3; with --init 0, because its words may all mean something)",
+    )
     parser.add_argument("--validation", type=float, default=0.03, help="share of pictures held out (default: 0.03)")
     parser.add_argument("--every", type=int, default=100, help="steps between checkpoints (default: 100)")
     parser.add_argument("--seed", type=int, default=0)
@@ -549,10 +623,18 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the run in OUT")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_args()
+    if options.learning_rate <= 0 or options.clip <= 0 or options.weight_decay < 0:
+        parser.error("--learning-rate and --clip must be above 0, --weight-decay not below it")
+    if options.workers < 0 or options.warmup < 0 or not -(2**63) <= options.seed < 2**63:
+        parser.error("--workers and --warmup must not be below 0, and --seed is a number of 64 bits")
     if options.steps < 1 or options.every < 1 or options.batch_size < 2:
         parser.error("--steps and --every must be at least 1, --batch-size at least 2: one pair has no contrast")
-    if not (0 <= options.patch_dropout < 1 and 0 <= options.validation < 1):
-        parser.error("--patch-dropout and --validation are shares, from 0 to below 1")
+    if options.unknown_words is None:
+        options.unknown_words = 0.0 if options.init else 0.3
+    if not 0 <= options.outlines <= 1:
+        parser.error("--outlines is a share, from 0 to 1")
+    if not (0 <= options.patch_dropout < 1 and 0 <= options.validation < 1 and 0 <= options.unknown_words <= 1):
+        parser.error("--patch-dropout, --validation and --unknown-words are shares, from 0 to (the last: up to) 1")
     train(options)
 
 

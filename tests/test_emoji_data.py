@@ -15,6 +15,7 @@ import demo_quality
 import emoji_data
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import miniclip
@@ -182,6 +183,23 @@ def test_the_chance_among_a_few_labels_is_that_of_trying_all(labels: int) -> Non
         assert demo_quality.accuracy(rank, 6, labels) == pytest.approx(expected)
 
 
+def test_every_column_is_measured() -> None:
+    """Ten pictures that all lie nearest to text 0: each finds its own second, and each text finds its own first."""
+    texts = torch.eye(10)
+    images = F.normalize(torch.eye(10) + 2 * texts[0], dim=1)
+    values = demo_quality.measure(images, texts, torch.arange(10))
+    assert values == pytest.approx(
+        {
+            "image→text R@1": 0.1,
+            "image→text R@5": 1.0,
+            "text→image R@1": 1.0,
+            "text→image R@5": 1.0,
+            "50-way": 0.1,  # of the ten there are
+            "10-way": 0.1,
+        }
+    )
+
+
 def test_the_measuring_command(packages: Path, tiny: Path, tmp_path: Path) -> None:
     assert make(tmp_path / "emoji", packages).returncode == 0
     command = [
@@ -204,5 +222,6 @@ def test_the_measuring_command(packages: Path, tiny: Path, tmp_path: Path) -> No
     for name, captions in rows(tmp_path / "emoji" / "twemoji").items():
         answer = classifier(miniclip.open_image(tmp_path / "emoji" / "twemoji" / name))
         hits += answer[0][0] == emoji_data.with_article(captions[0])
+    assert list(result["sets"]["Twemoji"]) == ["pictures", *demo_quality.COLUMNS]
     assert result["sets"]["Twemoji"]["pictures"] == 2
     assert result["sets"]["Twemoji"]["image→text R@1"] == hits / 2

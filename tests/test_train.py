@@ -6,6 +6,8 @@ import argparse
 import csv
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -156,6 +158,12 @@ def test_what_a_run_was_begun_with_is_kept(shapes: Path, config: Path, tmp_path:
         assert done.returncode == 1
         assert message in done.stderr
         assert "Traceback" not in done.stderr
+    other = tmp_path / "other"
+    shutil.copytree(shapes, other)
+    with (other / "captions.csv").open("a") as file:
+        file.write("red_circle_0.png,a disc\n")
+    done = run(other, tmp_path / "run", "--resume", **small(config))
+    assert "its data has changed" in done.stderr
     assert (tmp_path / "run" / "state.safetensors").read_bytes() == before
     (tmp_path / "run" / "state.safetensors").write_bytes(before[:1000])
     done = run(shapes, tmp_path / "run", "--resume", **small(config))
@@ -188,6 +196,8 @@ def test_wrong_data_is_told_in_a_sentence(config: Path, tmp_path: Path) -> None:
         "columns": "picture,caption\na.png,x\n",
         "absent": "image,caption\na.png,x\nb.png,y\n",
         "same": "image,caption\nc.png,x\nd.png,x\n",
+        "commas": "image,caption\nc.png,a man, a plan\nd.png,x\n",
+        "few": "image,caption\nc.png,x\nd.png,y\n",
     }.items():
         (tmp_path / name).mkdir()
         for picture in "cd":
@@ -201,21 +211,77 @@ def test_wrong_data_is_told_in_a_sentence(config: Path, tmp_path: Path) -> None:
         "columns": "has no column 'image'",
         "absent": "lists 2 pictures that are not there, the first is a.png",
         "same": "two of different captions",
+        "commas": "has a comma too many in line 2",
+        "few": "of 2 pictures --validation 0.5 leaves too few",
     }
     for name, message in messages.items():
-        done = run(tmp_path / name, tmp_path / "run", **small(config))
+        done = run(tmp_path / name, tmp_path / "run", **small(config, validation="0.5"))
         assert done.returncode == 1
         assert message in done.stderr, done.stderr
         assert "Traceback" not in done.stderr
         assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("flag", ["--steps=0", "--every=0", "--batch-size=1", "--patch-dropout=1", "--validation=1"])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        *("--steps=0", "--every=0", "--batch-size=1", "--patch-dropout=1", "--validation=1", "--outlines=2"),
+        "--unknown-words=2",
+        *("--clip=0", "--learning-rate=-1", "--weight-decay=-1", "--workers=-1", "--warmup=-1", "--seed=9" + 20 * "9"),
+    ],
+)
 def test_numbers_that_make_no_run_are_refused(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", "data", "out", flag])
     with pytest.raises(SystemExit) as caught:
         train.main()
     assert caught.value.code == 2
+
+
+def test_what_cannot_be_used_is_refused_before_anything_starts(shapes: Path, config: Path, tmp_path: Path) -> None:
+    done = run(shapes, tmp_path / "run", **small(config, device="gpu"))
+    assert "--device gpu cannot be used" in done.stderr
+    few = json.loads(config.read_text())
+    few["text_config"]["vocab_size"] = 1000
+    (tmp_path / "config.json").write_text(json.dumps(few))
+    done = run(shapes, tmp_path / "run", **small(tmp_path / "config.json"))
+    assert "has room for 1000 tokens, the vocabulary has 49408" in done.stderr
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "model.safetensors").write_bytes(b"precious")
+    done = run(shapes, tmp_path / "old", **small(config))
+    assert "holds a model already" in done.stderr
+    assert (tmp_path / "old" / "model.safetensors").read_bytes() == b"precious"
+
+
+def test_fewer_things_than_a_batch_are_all_in_every_batch() -> None:
+    captions = {f"{n}.jpg": ["a cat" if n % 3 else "a dog"] for n in range(30)}
+    batches = train.Batches(captions, 8, 0, 0, 40).epoch(0)
+    assert len(batches) == 15
+    assert all(len(batch) == 2 for batch in batches)
+    assert {index for batch in batches for index in batch} == set(range(30))
+    assert all(len({captions[f"{index}.jpg"][0] for index in batch}) == 2 for batch in batches)
+
+
+def test_pictures_are_normalised_as_the_model_wants_them(shapes: Path, config: Path, tmp_path: Path) -> None:
+    preprocess = miniclip.Preprocess(32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.5, 1))
+    assert torch.equal(train.normalise(torch.ones(2, 3, 4, 4), preprocess)[0, :, 0, 0], torch.tensor([2.0, 1.0, 0.5]))
+
+
+def test_mixed_precision_learns_as_well(
+    shapes: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bfloat16 on a CPU that may only emulate it: the losses of a few steps stay near those in float32."""
+    curves = []
+    for name, dtype in (("full", None), ("mixed", torch.bfloat16)):
+        monkeypatch.setattr(train, "_Stop", lambda: argparse.Namespace(asked=False))  # leaves Ctrl-C to pytest
+        monkeypatch.setattr(train, "mixed_precision", lambda device, dtype=dtype: dtype)
+        arguments = ["train.py", shapes, tmp_path / name, "--config", config, "--steps", "20", "--batch-size", "16"]
+        arguments += ["--warmup", "2", "--every", "5", "--workers", "0", "--quiet"]
+        monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
+        train.main()
+        with (tmp_path / name / "learning_curve.csv").open() as file:
+            curves.append(torch.tensor([float(row["training_loss"]) for row in csv.DictReader(file)]))
+    assert not torch.equal(*curves)
+    torch.testing.assert_close(*curves, rtol=0.05, atol=0)
 
 
 def test_a_corrupt_picture_is_named_once_and_left_out(shapes: Path, config: Path, tmp_path: Path) -> None:
@@ -281,6 +347,39 @@ def test_words_that_no_caption_holds_start_small() -> None:
     rows = model.token_embedding.weight.std(dim=1)
     assert rows[320] > 10 * rows[321]
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_unknown_words_are_put_between_the_words_of_a_caption() -> None:
+    tokens = miniclip.tokenize("a cat on a mat")[0]
+    words = tokens[:7].tolist()
+    counts = set()
+    for seed in range(50):
+        row = train.with_unknown_words(tokens, range(40_000, 40_010), random.Random(seed))
+        ids = row[: int(row.argmax()) + 1].tolist()
+        assert [i for i in ids if not 40_000 <= i < 40_010] == words
+        assert (ids[0], ids[-1]) == (49406, 49407)
+        assert row.shape == tokens.shape
+        assert not row[len(ids) :].any()
+        counts.add(len(ids) - len(words))
+    assert counts == {1, 2, 3}
+    full = miniclip.tokenize("cat " * 75)[0]
+    assert torch.equal(train.with_unknown_words(full, [40_000], random.Random(0)), full)
+
+
+def test_unknown_words_are_read_and_learn_nothing(shapes: Path, config: Path, tmp_path: Path) -> None:
+    for share in ("0", "1"):
+        done = run(shapes, tmp_path / share, **small(config, unknown_words=share))
+        assert done.returncode == 0, done.stderr
+    none, all_ = (load_file(tmp_path / share / "state.safetensors") for share in "01")
+    assert not torch.equal(none["model/positional_embedding"], all_["model/positional_embedding"])
+    texts = {line for lines in train.read_captions(shapes).values() for line in lines}
+    known = miniclip.tokenize(sorted(texts)).long().unique()
+    rows = all_["model/token_embedding.weight"]
+    strange = torch.ones(len(rows), dtype=torch.bool).index_fill(0, known, False)
+    assert 0.0005 < rows[strange].std() < 0.0011
+    assert rows[strange].abs().max() < 0.006  # a single step of the optimiser moves a number that far
+    assert torch.equal(all_["exp_avg/token_embedding.weight"][strange], torch.zeros_like(rows[strange]))
+    assert all_["exp_avg/token_embedding.weight"][known].any()
 
 
 def test_the_tower_on_all_of_its_patches_is_the_tower() -> None:
