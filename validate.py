@@ -1,6 +1,6 @@
 """The proof: miniclip beside transformers.CLIPModel, stage by stage, on real photos and texts.
 
-    python validate.py                      ViT-B/32 and ViT-B/16, no network needed
+    python validate.py                      the demo model, ViT-B/32 and ViT-B/16, no network needed
     python validate.py --download           the same on OpenAI's weights, fetched where they are not in the cache
     python validate.py --model FOLDER       any Hugging Face folder
 
@@ -349,6 +349,9 @@ def _quiet() -> Iterator[None]:
 @contextmanager
 def weights_for(name: str, download: bool) -> Iterator[Pair]:
     """The weights to validate a model on: OpenAI's if both sides have them, else seeded ones in a temporary folder."""
+    if name in hub.BUNDLED:
+        yield Pair("the trained weights in the package", name, str(hub.BUNDLED[name]))
+        return
     if name not in hub.KNOWN:
         path = Path(name).expanduser()
         if not path.exists():
@@ -479,9 +482,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--model",
         nargs="+",
-        default=["ViT-B/32", "ViT-B/16"],
+        default=["demo", "ViT-B/32", "ViT-B/16"],
         metavar="NAME_OR_PATH",
-        help="known names, Hugging Face folders or Hub repositories (default: ViT-B/32 ViT-B/16)",
+        help="known names, Hugging Face folders or Hub repositories (default: demo ViT-B/32 ViT-B/16)",
     )
     parser.add_argument("--device", help="cpu or cuda (default: the CPU, and CUDA where there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32, and on CUDA float16 as well")

@@ -18,6 +18,8 @@ from miniclip.checkpoint import WEIGHTS, pickle_refusal, shard_names
 from miniclip.config import CLIPConfig, TextConfig, VisionConfig
 from miniclip.errors import CheckpointError, DownloadError, UnknownModelError
 
+_OFFLINE = "; --model demo, or load('demo'), is a small model that is in the package and works offline"
+
 # How long a machine without network is left waiting before it is told so.
 _TIMEOUT_SECONDS = 5
 
@@ -119,14 +121,15 @@ ALIASES = {
     "timm/vit_large_patch14_clip_336.openai": "ViT-L/14@336px",
 }
 
-#: Models that come with the package, as Hugging Face folders. The "demo" joins them when its training has ended.
-BUNDLED: dict[str, Path] = {}
+#: Models that come with the package, as Hugging Face folders.
+BUNDLED = {"demo": Path(__file__).parent / "data" / "demo"}
 
 _SETTINGS = ("config.json", "open_clip_config.json", "preprocessor_config.json", "processor_config.json")
 
 
 def available_models() -> list[str]:
-    """The names ``load`` knows. It takes paths and Hub repositories as well."""
+    """The names ``load`` knows: OpenAI's models, and the small "demo" in the package. It takes paths and Hub
+    repositories as well."""
     return [*KNOWN, *BUNDLED]
 
 
@@ -151,7 +154,7 @@ def fetch_known(name: str, cache_dir: str | Path | None = None) -> Path:
             refused.append(f"{source.repo} ({error})")
     raise DownloadError(
         f"none of the sources of {name} gave it: {', '.join(refused)}; try again later, or pass the path of a copy"
-        f"{_offline()}"
+        f"{_OFFLINE}"
     )
 
 
@@ -346,13 +349,8 @@ def _not_downloaded(what: str, cache_dir: str | Path | None, error: Exception) -
     return DownloadError(
         f"{what} is not in the cache ({os.fspath(cache_dir or constants.HF_HUB_CACHE)}) and could not be downloaded "
         f"from {constants.ENDPOINT} ({_reason(error)}); try again online, or pass the path of a folder with its weights"
-        f"{_offline() if what in KNOWN else ''}"
+        f"{_OFFLINE if what in KNOWN else ''}"
     )
-
-
-def _offline() -> str:
-    works = "; --model demo, or load('demo'), is a small model that is in the package and works offline"
-    return works if "demo" in BUNDLED else ""
 
 
 def _status(error: Exception) -> int | None:

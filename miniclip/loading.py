@@ -34,9 +34,9 @@ def load(
     """Load a CLIP and the preprocessing that goes with it.
 
     Args:
-        name: in this order of meaning, an existing path (a Hugging Face folder, a .safetensors file in Hugging Face's
-            or OpenAI's layout, a model.safetensors.index.json), a name from ``available_models()``, or a Hub
-            repository "owner/name", optionally "owner/name@revision".
+        name: in this order of meaning, "demo" (the small model in the package), an existing path (a Hugging Face
+            folder, a .safetensors file in Hugging Face's or OpenAI's layout, a model.safetensors.index.json), a name
+            from ``available_models()``, or a Hub repository "owner/name", optionally "owner/name@revision".
         device: "cpu", "cuda", "cuda:1", …; CUDA where there is one, else the CPU. "mps" is accepted and untested.
         jit: refused if true; openai/CLIP's archives are pickles. Here for the signature's sake.
         download_root: the folder downloads are cached in; the Hub's own cache unless given.
