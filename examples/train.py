@@ -153,8 +153,8 @@ class Batches(Sampler[list[tuple[int, int]]]):
     def epoch(self, number: int) -> list[list[int]]:
         order = list(range(len(self.things)))
         random.Random(f"{self.seed} {number}").shuffle(order)
-        if self.batch_size > (distinct := len(set(self.things))):
-            return self.rounds(order, distinct)
+        if self.batch_size > len(set(self.things)):
+            return self.rounds(order)
         batches: list[list[int]] = []
         things: list[set[str]] = []
         first_open = 0
@@ -174,12 +174,12 @@ class Batches(Sampler[list[tuple[int, int]]]):
                 first_open += 1
         return [batch for batch in batches if len(batch) == self.batch_size] or [max(batches, key=len)]
 
-    def rounds(self, order: list[int], distinct: int) -> list[list[int]]:
+    def rounds(self, order: list[int]) -> list[list[int]]:
         """Fewer things than a batch would hold: each batch has every one of them, in another picture each time."""
         pictures: dict[str, list[int]] = {}
         for index in order:
             pictures.setdefault(self.things[index], []).append(index)
-        times = -(-len(order) // distinct)
+        times = max(map(len, pictures.values()))
         return [[these[turn % len(these)] for these in pictures.values()] for turn in range(times)]
 
 

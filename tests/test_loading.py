@@ -170,7 +170,7 @@ def test_unknown_names_are_answered_with_the_known_ones(name: str | Path) -> Non
         miniclip.load(name, "cpu")
     message = str(caught.value)
     assert repr(str(name)) in message
-    assert "neither an existing path, nor a known model (ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px)" in message
+    assert "neither an existing path, nor a known model (ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px, demo)" in message
     assert isinstance(caught.value, RuntimeError)  # as in openai/CLIP
 
 

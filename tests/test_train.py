@@ -241,7 +241,7 @@ def test_what_cannot_be_used_is_refused_before_anything_starts(shapes: Path, con
     done = run(shapes, tmp_path / "run", **small(config, device="gpu"))
     assert "--device gpu cannot be used" in done.stderr
     few = json.loads(config.read_text())
-    few["text_config"]["vocab_size"] = 1000
+    few["text_config"] |= {"vocab_size": 1000, "bos_token_id": 998, "eos_token_id": 999}
     (tmp_path / "config.json").write_text(json.dumps(few))
     done = run(shapes, tmp_path / "run", **small(tmp_path / "config.json"))
     assert "has room for 1000 tokens, the vocabulary has 49408" in done.stderr
@@ -255,7 +255,7 @@ def test_what_cannot_be_used_is_refused_before_anything_starts(shapes: Path, con
 def test_fewer_things_than_a_batch_are_all_in_every_batch() -> None:
     captions = {f"{n}.jpg": ["a cat" if n % 3 else "a dog"] for n in range(30)}
     batches = train.Batches(captions, 8, 0, 0, 40).epoch(0)
-    assert len(batches) == 15
+    assert len(batches) == 20
     assert all(len(batch) == 2 for batch in batches)
     assert {index for batch in batches for index in batch} == set(range(30))
     assert all(len({captions[f"{index}.jpg"][0] for index in batch}) == 2 for batch in batches)
