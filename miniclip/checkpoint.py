@@ -81,7 +81,8 @@ OPENAI_DROPPED = {"input_resolution", "context_length", "vocab_size", "attn_mask
 # The number of a block in either layout's names.
 _BLOCK_NUMBER = re.compile(r"(?<=\.layers\.)\d+(?=\.)|(?<=\.resblocks\.)\d+(?=\.)")
 
-_WEIGHT_DTYPES = ("F32", "F16", "BF16")
+_TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_WEIGHT_DTYPES = tuple(_TORCH)
 # Bytes per number. What is no weight may be stored as an integer.
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "BOOL": 1}
 _BYTES |= {f"{sign}{bits}": bits // 8 for sign in "IU" for bits in (8, 16, 32, 64)}
@@ -156,13 +157,15 @@ class Checkpoint:
         state = {}
         try:
             paths = {entry.path for entry in self.entries.values()}
-            files: dict[Path, Any] = {path: safe_open(path, framework="pt") for path in paths}
+            # What is copied is read through mappings of its own, whose pages leave memory with them.
+            kept, passing = ({path: safe_open(path, framework="pt") for path in paths} for _ in range(2))
             for target, part in parts.items():
+                turned = self.layout == "hf" and target in TRANSPOSED
+                as_it_is = all(_TORCH[self.entries[name].dtype] == dtype for name in part) and device.type == "cpu"
+                files: dict[Path, Any] = kept if as_it_is and len(part) == 1 and not turned else passing
                 tensors = [files[self.entries[name].path].get_tensor(name) for name in part]
                 tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-                if self.layout == "hf" and target in TRANSPOSED:
-                    tensor = tensor.T.contiguous()
-                state[target] = tensor.to(device, dtype)
+                state[target] = (tensor.T.contiguous() if turned else tensor).to(device, dtype)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.path}: cannot be read ({error})") from None
         model.load_state_dict(state, strict=True, assign=True)

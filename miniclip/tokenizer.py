@@ -15,7 +15,6 @@ from importlib.resources import files
 from itertools import pairwise
 from operator import index
 
-import ftfy
 import numpy as np
 import regex
 import torch
@@ -153,6 +152,8 @@ class Tokenizer:
 def _clean(text: str) -> str:
     # On printable ASCII without entities ftfy and unescape change nothing, and they are most of the time spent.
     if not (text.isascii() and text.isprintable() and "&" not in text):
+        import ftfy  # half of the time that importing miniclip would take, and most programs never come here
+
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return text.lower()  # OpenAI also collapses and strips white space, but no word holds any
 

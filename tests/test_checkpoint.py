@@ -848,3 +848,15 @@ def test_the_report_stays_readable(folder: Path) -> None:
         load(folder)
     assert re.search(r"160 missing \(.*, …\); \d+ of wrong shape \(.*, …\)$", str(caught.value))
     assert len(str(caught.value)) < 1200
+
+
+def test_what_is_copied_leaves_no_mapping_behind(tiny: Path) -> None:
+    """A converted model holds its numbers once; the file's pages go. Where the system lists the mappings."""
+    maps = Path("/proc/self/maps")
+    mapped = {}
+    for dtype in (torch.float64, torch.float32):
+        model, _ = miniclip.load(tiny, "cpu", dtype=dtype)
+        mapped[dtype] = maps.exists() and str((tiny / "model.safetensors").resolve()) in maps.read_text()
+        del model
+    assert not mapped[torch.float64]
+    assert mapped[torch.float32] == maps.exists()  # views of the file
