@@ -26,6 +26,7 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import miniclip.preprocess
+import validate
 from miniclip import ConfigError, ImageError, InputError, MiniclipError, Preprocess, open_image
 
 # Written by data/make_preprocess_goldens.py with torchvision.
@@ -415,6 +416,43 @@ def test_a_part_resized_is_the_part_of_the_whole_resized(
             assert (part - whole).abs().max() < levels + 0.01, size
 
 
+@pytest.mark.parametrize("threads", [2, 3, 5])
+def test_strips_are_the_whole_to_the_bit(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(miniclip.preprocess, "_LARGE", 0)
+    pick = random.Random(threads)
+    for filter in Image.Resampling:
+        for _ in range(25):
+            mode, size = pick.choice(("RGB", "L", "RGBA", "CMYK")), (pick.randint(1, 700), pick.randint(1, 700))
+            resized = pick.randint(1, size[0] + 10), pick.randint(1, 700)
+            image = picture(mode, *size)
+            strips, whole = miniclip.preprocess._resize(image, resized, filter), image.resize(resized, filter)
+            assert strips.mode == whole.mode
+            assert np.array_equal(np.asarray(strips), np.asarray(whole)), (mode, size, resized, filter)
+
+
+@pytest.mark.parametrize(
+    ("size", "strips"), [((2001, 1000), 2), ((1100, 1900), 2), ((700, 2900), 1), ((1999, 1000), 1)]
+)
+def test_strips_are_used_where_they_pay(
+    size: tuple[int, int], strips: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of a file too, which Pillow reads when its pixels are first asked for. Very tall ones Pillow begins downwards."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    image = picture("RGB", *size)
+    image.save(tmp_path / "a.png")
+    expected, made, resize = Preprocess(convention="huggingface")(image), [], Image.Image.resize
+
+    def counted(self: Image.Image, *arguments: Any, **settings: Any) -> Image.Image:
+        made.append(settings.get("box"))
+        return resize(self, *arguments, **settings)
+
+    monkeypatch.setattr(Image.Image, "resize", counted)
+    assert torch.equal(Preprocess()(Image.open(tmp_path / "a.png")), Preprocess()(image))
+    assert len([box for box in made if box]) == (0 if strips == 1 else 2 * strips)
+    assert torch.equal(expected, CLIPImageProcessorPil()(image, return_tensors="pt")["pixel_values"][0])
+
+
 # -- opening files --------------------------------------------------------------------------------------------------
 
 
@@ -771,6 +809,59 @@ def test_damaged_files_open_or_are_refused(tmp_path: Path, monkeypatch: pytest.M
         assert handles[-1].closed
     assert all(error.path == path for error in errors)
     assert 100 < len(errors) < 290
+
+
+@pytest.mark.parametrize(
+    ("size", "at_least", "decoded"),
+    [
+        ((400, 300), 301, (400, 300)),
+        ((400, 300), 300, (400, 300)),
+        ((400, 300), 150, (200, 150)),
+        ((400, 300), 76, (200, 150)),
+        ((400, 300), 75, (100, 75)),
+        ((403, 299), 38, (101, 75)),
+        ((403, 299), 37, (51, 38)),
+        ((403, 299), 1, (51, 38)),
+    ],
+)
+def test_at_least_so_many_pixels(
+    size: tuple[int, int], at_least: int, decoded: tuple[int, int], tmp_path: Path
+) -> None:
+    image = picture("RGB", *size)
+    for format in ("JPEG", "PNG", "WEBP"):
+        image.save(tmp_path / format, format)
+        expected = decoded if format == "JPEG" else size
+        assert open_image(tmp_path / format, at_least=at_least).size == expected
+        assert open_image(tmp_path / format).size == size
+
+
+def test_at_least_keeps_the_picture_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture("RGB", 400, 300).save(tmp_path / "a.jpg", exif=exif)
+    assert open_image(tmp_path / "a.jpg", at_least=100).size == (150, 200)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, True, "224"])
+def test_at_least_is_a_number_of_pixels(wrong: Any, tmp_path: Path) -> None:
+    picture("RGB", 9, 9).save(tmp_path / "a.jpg")
+    with pytest.raises(InputError, match="at_least must be a positive number of pixels"):
+        open_image(tmp_path / "a.jpg", at_least=wrong)
+
+
+def test_fast_decoding_keeps_the_embedding(tmp_path: Path) -> None:
+    """What open_image's docstring says of one and a half times the size, and of no more than the size."""
+    model, preprocess = miniclip.load("demo", "cpu")
+    cosines: dict[float, list[float]] = {1.5: [], 1: []}
+    for photo in validate.sample_photos():
+        for size in (photo.size, (258, 258), (450, 300), (512, 400), (1600, 1200)):
+            photo.resize(size, Image.Resampling.BICUBIC).save(tmp_path / "a.jpg", quality=90)
+            exact = model.encode_image(preprocess([open_image(tmp_path / "a.jpg")]))
+            for times, found in cosines.items():
+                image = open_image(tmp_path / "a.jpg", at_least=int(times * preprocess.size))
+                found.append(torch.cosine_similarity(model.encode_image(preprocess([image])), exact).item())
+    assert min(cosines[1.5]) >= 0.999
+    assert 0.98 < min(cosines[1]) < 0.998
 
 
 def test_postscript_is_not_run(tmp_path: Path) -> None:
