@@ -38,7 +38,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import miniclip
-from miniclip import hub
+from miniclip import fast, hub
 from miniclip.checkpoint import non_finite, open_checkpoint
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -111,6 +111,7 @@ class Report:
     weights: str
     device: str
     dtype: str
+    path: str
     rows: tuple[Row, ...]
 
     @property
@@ -185,6 +186,9 @@ def compare(
         rows.append(measure(f"pixels ({convention})", ours, pixels, "exact", limits))
 
     pixels, tokens = by_huggingface.to(model.device), padded.to(model.device)
+    # A first small call may run the plain modules; what is compared is what all later ones run.
+    model.encode_image(pixels)
+    model.encode_text(tokens)
     rows += _image_stages(model, reference, pixels, limits)
     rows += _text_stages(model, reference, tokens, limits)
     rows += _joint_stages(model, reference, pixels, tokens, limits)
@@ -463,11 +467,13 @@ def validate(pair: Pair, name: str, device: str, dtype: torch.dtype) -> Report:
     rows = compare(model, reference, preprocess, processor=processor)
     if pair.real and name == "ViT-B/32" and dtype in (torch.float32, torch.float64):
         rows.append(published(model))
-    return Report(name, pair.description, device, str(dtype).removeprefix("torch."), tuple(rows))
+    dtype_name = str(dtype).removeprefix("torch.")
+    return Report(name, pair.description, device, dtype_name, fast.path_of(model), tuple(rows))
 
 
 def print_report(report: Report) -> None:
-    print(f"{report.model} on {report.device} in {report.dtype}: {report.weights}\n")
+    print(f"{report.model} on {report.device} in {report.dtype}: {report.weights}")
+    print(f"the path of what is used: {report.path}\n")
     line = "{:<26} {:>10} {:>10} {:>12}  {:<18} {}"
     print(line.format("stage", "max abs Δ", "relative", "cosine", "limit", "ok"))
     for row in report.rows:

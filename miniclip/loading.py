@@ -42,7 +42,9 @@ def load(
         download_root: the folder downloads are cached in; the Hub's own cache unless given.
         dtype: what the parameters are held and computed in: float32 (the default on the CPU), float16 (the default
             on CUDA), bfloat16 or float64.
-        fast: False runs texts at full length instead of cutting each batch to its longest row.
+        fast: False runs the plain modules on everything. Otherwise, on the CPU and where nothing requires grad, the
+            same is computed in a faster order, up to rounding (see miniclip/fast.py). It keeps a packed copy of each
+            tower's matrices, from that tower's second call on, or from a first one with many tokens.
         activation: "quick_gelu" or "gelu", for weights without a configuration. Where there is one, what is said here
             wins over it.
         heads: attention heads, one number or (image, text), for weights without a configuration whose heads are not

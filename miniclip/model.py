@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from miniclip.config import CLIPConfig, TransformerConfig, VisionConfig
 from miniclip.errors import InputError
+from miniclip.fast import Kernels, repeated
 from miniclip.layers import ACTIVATIONS, Conv2d, Embedding, Linear, MultiheadAttention
 
 
+@repeated("forward")
 class ResidualAttentionBlock(nn.Module):
     """A pre-norm transformer block: (L, N, W) -> (L, N, W)."""
 
@@ -37,6 +39,7 @@ class ResidualAttentionBlock(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+@repeated("forward")
 class Transformer(nn.Module):
     """A stack of blocks: (L, N, W) -> (L, N, W). A causal one masks by itself."""
 
@@ -57,6 +60,7 @@ class Transformer(nn.Module):
         return [state.transpose(0, 1) for state in states]
 
 
+@repeated("forward", "embed")
 class VisionTransformer(nn.Module):
     """The image tower: (N, 3, S, S) normalised pixels -> (N, D) embeddings, not normalised."""
 
@@ -111,6 +115,7 @@ class VisionTransformer(nn.Module):
         return images.to(weight.dtype)
 
 
+@repeated("forward", "embed")
 class TextTransformer(nn.Module):
     """The text tower of a CLIP as a module of its own: (N, L) token ids -> (N, D) embeddings, not normalised.
 
@@ -142,6 +147,7 @@ class TextTransformer(nn.Module):
         return (tokens if self.end_of_text is None else (tokens == self.end_of_text).int()).argmax(dim=1)
 
 
+@repeated("text")
 class CLIP(nn.Module):
     """Contrastive language-image pre-training: an image tower and a text tower that meet in one space.
 
@@ -162,8 +168,9 @@ class CLIP(nn.Module):
         self.ln_final = nn.LayerNorm(width, config.text.layer_norm_eps)
         self.text_projection = nn.Parameter(torch.empty(width, config.embed_dim))
         self.logit_scale = nn.Parameter(torch.empty(()))
-        #: False runs texts at the length they were given instead of cutting each batch to its longest row.
+        #: False runs the plain modules on everything.
         self.fast = True
+        self._kernels = Kernels()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -184,7 +191,11 @@ class CLIP(nn.Module):
         Raises:
             InputError: if the images have another shape, dtype or device.
         """
-        return self.visual(self.visual.check(image))
+        images = self.visual.check(image)
+        if len(images) and (tower := self._kernels.image(self, images)):
+            with torch.no_grad():
+                return tower(images)
+        return self.visual(images)
 
     def encode_text(self, text: Tensor) -> Tensor:
         """Token ids (N, L), L at most ``context_length`` -> embeddings (N, D), not normalised.
@@ -196,6 +207,9 @@ class CLIP(nn.Module):
         # A trace or an export would keep this batch's lengths and verdicts for good.
         traced = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         lengths = [] if traced else self._check_tokens(text)
+        if lengths and (tower := self._kernels.text(self, text, lengths)):
+            with torch.no_grad():
+                return tower(self, text, lengths)
         if self.fast and lengths:
             # Exact: under the causal mask nothing behind the end token reaches the position that is pooled.
             text = text[:, : max(lengths)]

@@ -22,7 +22,8 @@ ROOMS = {
     "config": {"errors"},
     "layers": set(),
     "loss": {"errors"},
-    "model": {"config", "errors", "layers"},
+    "fast": {"layers"},
+    "model": {"config", "errors", "fast", "layers"},
     "tokenizer": {"errors"},
     "preprocess": {"errors"},
     "checkpoint": {"config", "errors"},
@@ -56,7 +57,7 @@ def test_importing_opens_no_data_and_imports_no_client() -> None:
         "sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == 'open' else None)\n"
         "import miniclip\n"
         "assert not [p for p in opened if 'miniclip' in p and 'data' in p.split('miniclip')[-1]], opened\n"
-        "for name in ('transformers', 'huggingface_hub', 'httpx', 'requests', 'torchvision', 'matplotlib'):\n"
+        "for name in ('transformers', 'huggingface_hub', 'httpx', 'requests', 'torchvision', 'matplotlib', 'ftfy'):\n"
         "    assert name not in sys.modules, name\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -22,7 +22,7 @@ from transformers import CLIPModel
 
 import miniclip
 import validate
-from miniclip import hub
+from miniclip import fast, hub
 from miniclip.model import TextTransformer
 
 Loaded = tuple[miniclip.CLIP, miniclip.Preprocess]
@@ -152,6 +152,14 @@ def test_the_last_end_token_instead_of_the_first_fails(
 
     monkeypatch.setattr(TextTransformer, "end_positions", last)
     assert first_drift(validate.compare(loaded[0], reference, loaded[1])) == "text pooled"
+
+
+def test_a_wrong_packed_matrix_fails_on_the_path_users_get(
+    loaded: Loaded, reference: CLIPModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = fast.Matrix.add_to
+    monkeypatch.setattr(fast.Matrix, "add_to", lambda self, residual, x, bias: exact(self, residual, 1.001 * x, bias))
+    assert first_drift(validate.compare(loaded[0], reference, loaded[1])) == "image embedding (as used)"
 
 
 def test_cutting_a_text_too_short_fails_on_the_path_users_get(
@@ -320,7 +328,7 @@ def test_a_known_model_in_the_cache_is_validated_on_its_weights(
 DOWNLOAD = """
 import sys
 import huggingface_hub, miniclip, validate
-from miniclip import hub
+from miniclip import fast, hub
 
 config = miniclip.load(sys.argv[1], "cpu")[0].config
 hub.KNOWN["ViT-B/16"] = hub.KnownModel(config, (hub.Source("timm/tiny", sys.argv[2], "open_clip_model.safetensors"),))
