@@ -1,0 +1,152 @@
+"""The peers, each ready to be called: transformers, ONNX Runtime and OpenVINO on one Hugging Face folder.
+
+A peer that is not installed ends the run: a table in which one is silently missing would read as a win.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import platform
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import CLIPModel
+
+Encoder = Callable[[Tensor], Tensor]
+PACKAGES = ("transformers", "onnxruntime", "onnx", "onnxscript", "openvino", "openai-clip", "matplotlib")
+
+
+def check() -> dict[str, str]:
+    """The versions of the peers.
+
+    Raises:
+        SystemExit: naming those that are missing.
+    """
+    versions, missing = {}, []
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(package)
+    if missing:
+        raise SystemExit(f'benchmarks: missing {", ".join(missing)}: pip install -c constraints.txt -e ".[dev,bench]"')
+    return versions
+
+
+def cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(": ", 1)[1] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def transformers_model(folder: Path, dtype: torch.dtype = torch.float32) -> CLIPModel:
+    return CLIPModel.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval().requires_grad_(False)
+
+
+def features(output: Any) -> Tensor:
+    """transformers' embeddings, which version 5 wraps."""
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+def images_of(model: CLIPModel) -> Encoder:
+    def encode(pixels: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return features(model.get_image_features(pixel_values=pixels))
+
+    return encode
+
+
+def texts_of(model: CLIPModel) -> Encoder:
+    def encode(tokens: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return features(model.get_text_features(input_ids=tokens))
+
+    return encode
+
+
+class _Tower(nn.Module):
+    def __init__(self, model: CLIPModel, kind: str) -> None:
+        super().__init__()
+        self.model, self.kind = model, kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "images":
+            return features(self.model.get_image_features(pixel_values=x))
+        return features(self.model.get_text_features(input_ids=x))
+
+
+def compiled(model: CLIPModel, kind: str) -> Encoder:
+    tower = torch.compile(_Tower(model, kind).eval())
+
+    def encode(x: Tensor) -> Tensor:
+        with torch.no_grad():  # in inference mode it cannot be traced
+            return tower(x)
+
+    return encode
+
+
+def onnx_file(model: CLIPModel, kind: str, path: Path) -> Path:
+    """A tower as ONNX, with any number of rows."""
+    size: int = model.config.vision_config.image_size  # type: ignore[union-attr, assignment]
+    example = torch.randn(2, 3, size, size) if kind == "images" else torch.randint(1, 99, (2, 77))
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    torch.onnx.export(
+        _Tower(model, kind).eval(), (example,), path, dynamo=True, dynamic_shapes=({0: batch},), verbose=False
+    )
+    return path
+
+
+def onnxruntime(path: Path, threads: int) -> Encoder:
+    import onnxruntime as ort  # type: ignore[import-untyped]
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+
+    def encode(x: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+
+    return encode
+
+
+def openvino(path: Path, threads: int, precision: str = "f32") -> Encoder:
+    import openvino as ov  # type: ignore[import-untyped]
+
+    settings = {
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": precision,
+    }
+    compiled = ov.Core().compile_model(str(path), "CPU", settings)
+    request = compiled.create_infer_request()
+
+    def encode(x: Tensor) -> Tensor:
+        return torch.from_numpy(np.array(request.infer([x.numpy()])[0]))
+
+    return encode
+
+
+def openai_tokenizer() -> Any:
+    """openai/CLIP's own tokenizer. Its package imports torchvision, so this one file of it is loaded by its path."""
+    package = importlib.util.find_spec("clip")
+    assert package is not None
+    assert package.submodule_search_locations is not None
+    path = os.path.join(package.submodule_search_locations[0], "simple_tokenizer.py")
+    spec = importlib.util.spec_from_file_location("openai_simple_tokenizer", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module: ModuleType = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.SimpleTokenizer()
