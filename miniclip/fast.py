@@ -12,8 +12,8 @@ model.py says what a CLIP computes; nothing here changes it. What is gained, and
   of prefixes (``Tree``), and every node of it is computed once: what the rows share, and never any padding.
 - A batch is worked through in parts whose activations stay in the cache.
 
-Everything that could make a tower compute something else is looked at before every call (``_look``, ``_Watch``); where
-anything has been changed in a way not known here, the plain modules run.
+Everything that could make a tower compute something else is looked at before every call (``_look``, ``_Seen``,
+``_Watch``); where anything has been changed in a way not known here, the plain modules run.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _POSITIONS = 8192
 _WORTH = 512
 
 _CAPABILITIES = ("AVX2", "AVX512")
-# Half precision on a CPU is for storing, not for computing.
+# float16 on a CPU is for storing: its products are slower than float32's.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
@@ -456,10 +456,14 @@ class _Seen:
         )
 
     def is_made_of(self, other: _Seen) -> bool:
-        """Whether both have the same modules and weights."""
+        """Whether both have the same modules, of the same classes, and the same weights."""
         return all(
             len(ours) == len(theirs) and all(map(operator.is_, ours, theirs))
-            for ours, theirs in ((self.modules, other.modules), (self.weights, other.weights))
+            for ours, theirs in (
+                (self.modules, other.modules),
+                (self.weights, other.weights),
+                (self.kinds, other.kinds),
+            )
         )
 
     def _kinds(self) -> list[type]:

@@ -729,12 +729,21 @@ def another_epsilon(model: CLIP) -> None:
         tower.resblocks[0].ln_1.eps = 3.0
 
 
+def another_activation_class(model: CLIP) -> None:
+    for tower in (model.visual.transformer, model.transformer):
+        gelu: Any = tower.resblocks[0].mlp.gelu
+        gelu.__class__, gelu.approximate = nn.GELU, "none"
+
+
 def first_bias(model: CLIP) -> None:
     for tower in (model.visual.transformer, model.transformer):
         tower.resblocks[0].mlp.c_fc.bias.data[5] = 30
 
 
-@pytest.mark.parametrize("change", [cropped_in_place, new_hooks, another_class, another_epsilon, first_bias])
+@pytest.mark.parametrize(
+    "change",
+    [cropped_in_place, new_hooks, another_class, another_activation_class, another_epsilon, first_bias],
+)
 def test_what_is_noted_of_a_model_is_enough(model: CLIP, change: Callable[[CLIP], None]) -> None:
     """The second and later calls compare notes instead of looking at everything again."""
     assert is_right(model)
