@@ -107,7 +107,7 @@ def onnx_file(model: CLIPModel, kind: str, path: Path) -> Path:
 
 
 def onnxruntime(path: Path, threads: int) -> Encoder:
-    import onnxruntime as ort  # type: ignore[import-untyped]
+    import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -122,7 +122,7 @@ def onnxruntime(path: Path, threads: int) -> Encoder:
 
 
 def openvino(path: Path, threads: int, precision: str = "f32") -> Encoder:
-    import openvino as ov  # type: ignore[import-untyped]
+    import openvino as ov
 
     settings = {
         "INFERENCE_NUM_THREADS": threads,
