@@ -327,16 +327,21 @@ class Kernels:
     """
 
     def __init__(self) -> None:
-        self._image: _Slot[ImageTower] = _Slot()
-        self._text: _Slot[TextTower] = _Slot()
-        self._lock, self._process = threading.Lock(), os.getpid()
+        # Reentrant: a signal handler may encode too.
+        self._lock, self._process = threading.RLock(), os.getpid()
+        self.clear()
 
     def __reduce__(self) -> tuple[type[Kernels], tuple[()]]:
         return Kernels, ()
 
+    def clear(self) -> None:
+        """Lets go of what is packed."""
+        self._image: _Slot[ImageTower] = _Slot()
+        self._text: _Slot[TextTower] = _Slot()
+
     def image(self, clip: CLIP, images: Tensor) -> ImageTower | None:
         """The tower to give these images to; None where the plain one has to run."""
-        if _passing_reason(images) is not None:
+        if not self._can_be_used(clip, images):
             return None
         rows = len(images) * (clip.config.vision.grid**2 + 1)
         with self._alone():
@@ -344,55 +349,68 @@ class Kernels:
 
     def text(self, clip: CLIP, tokens: Tensor, lengths: Sequence[int]) -> TextTower | None:
         """The tower to give these texts to; None where the plain one has to run."""
-        if _passing_reason(tokens) is not None:
+        if not self._can_be_used(clip, tokens):
             return None
         with self._alone():
             return self._text.tower(clip, sum(lengths), _look_at_text_tower, lambda: TextTower(clip))
 
-    def _alone(self) -> threading.Lock:
+    def _can_be_used(self, clip: CLIP, given: Tensor) -> bool:
+        if _passing_reason(given) is not None:
+            return False
+        if _general_reason(clip) is not None:
+            self.clear()
+            return False
+        return True
+
+    def _alone(self) -> threading.RLock:
         """One thread at a time: two would pack the same weights twice. A forked process cannot wait for the other's."""
         if self._process != os.getpid():
-            self._lock, self._process = threading.Lock(), os.getpid()
+            self._lock, self._process = threading.RLock(), os.getpid()
         return self._lock
 
 
 class _Slot(Generic[_Tower]):
-    """Room for one packed tower, and for what has to be as it was for the tower to hold."""
+    """Room for one packed tower, with what has to be as it was for the tower to hold."""
 
     def __init__(self) -> None:
-        self.seen: _Seen | None = None
-        self.watch: _Watch | None = None
-        self.packed: _Tower | None = None
+        self.kept: tuple[_Seen, _Watch, _Tower | None] | None = None
+
+    @property
+    def packed(self) -> _Tower | None:
+        return self.kept and self.kept[2]
 
     def tower(
         self, clip: CLIP, rows: int, look: Callable[[CLIP], _Seen | str], pack: Callable[[], _Tower]
     ) -> _Tower | None:
-        """What was packed before if it still holds; packed anew if that pays; else nothing, and nothing is kept.
+        """What was packed before if it still holds; packed anew if that pays; else nothing.
 
         A second copy of the weights takes time and memory, which a process that encodes one picture never gets back:
         the first call packs if it brings many rows, and otherwise the second, if it finds the weights unchanged.
         """
-        if self.seen is None or not self.seen.holds(clip):
-            seen = look(clip)
-            if isinstance(seen, str):
-                self.seen = self.watch = self.packed = None
+        seen, watch, packed = self.kept or (None, None, None)
+        if seen is None or not seen.holds(clip):
+            found = look(clip)
+            if isinstance(found, str):
+                self.kept = None
                 return None
-            if self.seen is None or not self.seen.is_made_of(seen):
-                self.watch = self.packed = None
-            self.seen = seen
-        unchanged = self.watch is not None and self.watch.unchanged()
-        if unchanged and self.packed is not None:
-            return self.packed
-        self.watch = self.packed = None  # first, so that there is no moment with both in memory
+            if seen is None or not seen.is_made_of(found):
+                watch = packed = None
+            seen = found
+        unchanged = watch is not None and watch.unchanged()
+        if unchanged and packed is not None:
+            self.kept = seen, watch, packed  # type: ignore[assignment]
+            return packed
+        self.kept = packed = None  # first, so that there is no moment with both in memory
         try:
             # Tensors made in inference mode could not be used outside of it.
             with torch.inference_mode(False), torch.no_grad():
-                self.watch = _Watch(self.seen.weights)
+                watch = _Watch(seen.weights)
                 if unchanged or rows >= _WORTH:
-                    self.packed = pack()
+                    packed = pack()
         except (RuntimeError, MemoryError):  # no room for a second copy
-            self.watch = self.packed = None
-        return self.packed
+            return None
+        self.kept = seen, watch, packed
+        return packed
 
 
 def path_of(clip: CLIP) -> str:
@@ -439,20 +457,19 @@ class _Seen:
         self.dicts = [clip._modules, clip._parameters, *attributes, *inner]
         self.values = [tuple(d.values()) for d in self.dicts]
         self.kinds = self._kinds()
-        self.numbers = [(p.dtype, p.device) for p in self.parameters]
+        self.forms = self._forms()
         return self
 
     def holds(self, clip: CLIP) -> bool:
         """Whether ``_look`` would find the same again."""
         return (
-            _general_reason(clip) is None
-            and self.dicts[0] is clip._modules
+            self.dicts[0] is clip._modules
             and self.dicts[1] is clip._parameters
             and all(len(d) == len(v) and all(map(operator.is_, d.values(), v)) for d, v in zip(self.dicts, self.values))
             and not any(self.hooks)
             and all(map(operator.is_, self._kinds(), self.kinds))
             and not (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters))
-            and [(p.dtype, p.device) for p in self.parameters] == self.numbers
+            and self._forms() == self.forms
         )
 
     def is_made_of(self, other: _Seen) -> bool:
@@ -465,6 +482,9 @@ class _Seen:
                 (self.kinds, other.kinds),
             )
         )
+
+    def _forms(self) -> list[tuple[object, ...]]:
+        return [(p.dtype, p.device, p.shape, p.stride()) for p in self.parameters]
 
     def _kinds(self) -> list[type]:
         return list(map(type, self.modules + self.parameters))  # type: ignore[operator]
@@ -504,6 +524,8 @@ def _general_reason(clip: CLIP) -> str | None:
         return f"the dtype is {clip.dtype}"
     if not torch._C._get_mkldnn_enabled():
         return "oneDNN is turned off"
+    if clip.__dict__.keys() & clip._modules.keys():
+        return "a tower is hidden by an attribute"
     for (kind, name), original in _METHODS.items():
         if getattr(type(clip) if name == "text" else kind, name) is not original:
             return f"{kind.__name__}.{name} is not miniclip's own"
@@ -519,20 +541,23 @@ def _look(clip: CLIP, roots: Sequence[tuple[nn.Module, _Shape]], own: Sequence[T
     stack: list[tuple[Any, _Shape]] = list(roots)
     while stack:
         module, shape = stack.pop()
-        kind, children = type(module), module._modules
+        kind = type(module)
+        if kind not in shape.kinds:
+            return f"a {kind.__name__} is not miniclip's own"
+        children = module._modules
         known = shape.children if shape.each is None else dict.fromkeys(children, shape.each)
-        if kind not in shape.kinds or children.keys() != known.keys() or not (children or shape.each is None):
+        if children.keys() != known.keys() or not (children or shape.each is None):
             return f"a {kind.__name__} is not miniclip's own"
         if module._parameters.keys() != set(shape.parameters) | ({"bias"} if kind is Conv2d else set()):
             return f"the parameters of a {kind.__name__} are not miniclip's own"
-        if _OVERRIDES & module.__dict__.keys() or module._compiled_call_impl is not None:
+        if (_OVERRIDES | children.keys()) & module.__dict__.keys() or module._compiled_call_impl is not None:
             return f"a {kind.__name__} has a forward of its own"
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return f"a {kind.__name__} has hooks"
         if kind is MultiheadAttention:
             if module.causal != causal:
                 return "an attention has another mask"
-            seen.weights.append(module.in_proj_weight)
+            seen.weights += [module.in_proj_weight, module.in_proj_bias]
         elif kind is Linear:
             seen.weights += [module.weight, module.bias]
         elif kind is Conv2d:
@@ -572,7 +597,8 @@ _METHODS: dict[tuple[type, str], Any] = {
     (kind, "forward"): kind.forward
     for kind in (MultiheadAttention, Linear, Conv2d, Embedding, QuickGELU, nn.GELU, nn.LayerNorm, nn.Sequential)
 }
-_OVERRIDES = {"forward", "embed"}
+_METHODS[Conv2d, "_conv_forward"] = Conv2d._conv_forward
+_OVERRIDES = {"forward", "embed", "_conv_forward"}
 
 
 @dataclass(frozen=True)
@@ -620,8 +646,8 @@ class _Watch:
     """What packed weights were made from, to notice whatever has happened to them since.
 
     A write that torch counts is noticed whatever it wrote. One that it does not count, through ``weight.data`` or
-    numpy, is noticed where it changed a number in a whole row or column, which all that is done to weights so far does;
-    a single number set in that way is not.
+    numpy, is noticed where it changed a whole row, column or block, which all that is done to weights so far does; a
+    few numbers set in that way are not.
     """
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
@@ -635,8 +661,8 @@ class _Watch:
     def unchanged(self) -> bool:
         return self._states() == self.states and torch.equal(self._samples(), self.samples)
 
-    def _states(self) -> list[tuple[object, ...]]:
-        return [(weight._version, weight.data_ptr(), weight.shape, weight.stride()) for weight in self.weights]
+    def _states(self) -> list[tuple[int, int]]:
+        return [(weight._version, weight.data_ptr()) for weight in self.weights]
 
     def _samples(self) -> Tensor:
         samples = torch.cat(self.views)
@@ -648,9 +674,10 @@ _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float64:
 
 
 def _some(weight: Tensor) -> Tensor:
-    """A view of numbers of a weight, at least one in every row and in every column."""
+    """A view of numbers of a weight: of every row, of every column, and of any block a few times sqrt(rows) wide."""
     rows, columns = len(weight), weight[0].numel()  # a bias has one column
     step = min(rows, columns)  # as long as no row, so that none is stepped over
+    step = max(step - math.isqrt(step), 1)  # from row to row so far aside, or all would lie on a diagonal
     while math.gcd(step, columns) > 1:  # it would come back to the same columns
         step -= 1
     return weight.as_strided((-(-rows * columns // step),), (step,))

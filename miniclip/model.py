@@ -7,6 +7,7 @@ N is the batch, L the sequence length, W a tower's width, D the width of the joi
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -172,6 +173,10 @@ class CLIP(nn.Module):
         self.fast = True
         self._kernels = Kernels()
 
+    def _apply(self, *arguments: Any, **settings: Any) -> CLIP:  # what to(), half(), cuda() and their like come to
+        self._kernels.clear()
+        return super()._apply(*arguments, **settings)  # type: ignore[no-untyped-call]
+
     @property
     def dtype(self) -> torch.dtype:
         return self.visual.conv1.weight.dtype
@@ -209,7 +214,9 @@ class CLIP(nn.Module):
         lengths = [] if traced else self._check_tokens(text)
         if lengths and (tower := self._kernels.text(self, text, lengths)):
             with torch.no_grad():
-                return tower(self, text, lengths)
+                embeddings = tower(self, text, lengths)
+            if embeddings.isfinite().all():  # texts that share a beginning would share a NaN as well
+                return embeddings
         if self.fast and lengths:
             # Exact: under the causal mask nothing behind the end token reaches the position that is pooled.
             text = text[:, : max(lengths)]

@@ -319,12 +319,52 @@ def not_contiguous(model: CLIP) -> None:
         weight.data = weight.data.T
 
 
+def every_other_bias(model: CLIP) -> None:
+    for tower in (model.visual.transformer, model.transformer):
+        bias = tower.resblocks[0].attn.in_proj_bias
+        bias.data = torch.stack([bias.data + 1, torch.randn_like(bias)], dim=1)[:, 0]
+
+
+def one_bias_for_all(model: CLIP) -> None:
+    for tower in (model.visual.transformer, model.transformer):
+        mlp = tower.resblocks[0].mlp
+        mlp.c_proj.bias = nn.Parameter(torch.ones(1).expand_as(mlp.c_proj.bias), requires_grad=False)
+
+
+def part_of_a_wider_weight(model: CLIP) -> None:
+    for tower in (model.visual.transformer, model.transformer):
+        weight = tower.resblocks[0].mlp.c_fc.weight
+        weight.data = torch.cat([weight.data, weight.data], dim=1)[:, : weight.shape[1]]
+        weight.data[-20:] = 3
+
+
+def functions_for_modules(model: CLIP) -> None:
+    norm, blocks = model.ln_final, model.visual.transformer.resblocks
+    del model.ln_final, model.visual.transformer.resblocks
+    model.ln_final = lambda x: norm(x) + 1
+    model.visual.transformer.resblocks = lambda x: blocks(2 * x)
+
+
+def hidden_by_an_attribute(model: CLIP) -> None:
+    other = copy.deepcopy(model.visual)
+    in_place(other)
+    model.__dict__["visual"] = other
+    model.transformer.resblocks[0].__dict__["ln_1"] = nn.Identity()
+
+
+def own_convolution(model: CLIP) -> None:
+    convolve = model.visual.conv1._conv_forward
+    model.visual.conv1._conv_forward = lambda *a: 2 * convolve(*a)  # type: ignore[method-assign]
+    model.transformer.resblocks[0].forward = lambda x: -x  # type: ignore[method-assign]
+
+
 @pytest.mark.parametrize(
     "change",
     [
         *(hooked, own_layer, own_forward, other_mask, tanh_gelu, a_layer_more, a_norm_between, wrapped_activation),
         *(no_activation, dropped_block, no_blocks, no_bias, an_adapter_taken_away, own_embed, other_convolution),
-        *(weights_that_are_computed, not_contiguous),
+        *(weights_that_are_computed, not_contiguous, every_other_bias, one_bias_for_all, part_of_a_wider_weight),
+        *(functions_for_modules, hidden_by_an_attribute, own_convolution),
     ],
 )
 @pytest.mark.parametrize("before", [True, False], ids=["after a first call", "at once"])
@@ -495,6 +535,13 @@ def a_column_through_data(model: CLIP) -> None:
     model.transformer.resblocks[1].attn.out_proj.weight.data[:, 40] = 9
 
 
+def a_block_through_data(model: CLIP) -> None:
+    for tower in (model.visual.transformer, model.transformer):
+        weight = tower.resblocks[0].attn.out_proj.weight
+        half = len(weight) // 2
+        weight.data[1:half, 1:half] *= 5
+
+
 def a_row_through_numpy(model: CLIP) -> None:
     model.visual.transformer.resblocks[1].mlp.c_fc.weight.numpy()[100] = 9
     model.transformer.resblocks[0].attn.in_proj_weight.numpy()[70] = 9
@@ -553,6 +600,7 @@ def gains_and_biases(model: CLIP) -> None:
     [
         *(in_place, one_number, through_data, other_data, loaded, assigned, other_parameter, swapped_blocks),
         *(fewer_blocks, other_activation, gains_and_biases, a_column_through_data, a_row_through_numpy),
+        a_block_through_data,
     ],
 )
 def test_no_packed_weight_is_ever_stale(model: CLIP, change: Callable[[CLIP], None]) -> None:
@@ -644,6 +692,35 @@ def test_a_model_that_is_let_go_is_gone(tiny: Path) -> None:
         assert [reference() for reference in gone] == [None, None]
     finally:
         gc.enable()
+
+
+def test_a_signal_handler_may_encode_too(model: CLIP) -> None:
+    with model._kernels._alone():  # where a signal may arrive
+        assert is_right(model)
+
+
+def test_what_is_packed_goes_with_the_dtype_it_was_packed_from(model: CLIP) -> None:
+    for change in (model.half, model.bfloat16, lambda: setattr(model, "fast", False)):
+        model.fast = True
+        model.float()
+        assert is_right(model)
+        gone = [weakref.ref(slot.packed) for slot in (model._kernels._image, model._kernels._text)]
+        change()
+        model.encode_image(pictures(1))
+        assert [reference() for reference in gone] == [None, None]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e25])
+def test_one_bad_text_leaves_the_others_alone(model: CLIP, bad: float) -> None:
+    """Texts that share a beginning are computed together."""
+    model.token_embedding.weight[300] = bad
+    tokens = torch.tensor([[49406, 500, 320, 49407], [49406, 500, 400, 49407], [49406, 500, 300, 49407]])
+    expected = model.text(tokens)
+    assert expected.isnan().any(dim=1).tolist() == [False, False, True]
+    for _ in range(2):
+        given = model.encode_text(tokens)
+        assert close(given[:2], expected[:2])
+        assert given[2].isnan().all()
 
 
 def test_threads_share_one_model(tiny: Path) -> None:
@@ -748,7 +825,7 @@ def test_what_is_noted_of_a_model_is_enough(model: CLIP, change: Callable[[CLIP]
     """The second and later calls compare notes instead of looking at everything again."""
     assert is_right(model)
     old = model.encode_image(pictures(5)), model.encode_text(tokenize(TEXTS))
-    assert all(slot.seen.holds(model) for slot in (model._kernels._image, model._kernels._text) if slot.seen)
+    assert all(slot.kept and slot.kept[0].holds(model) for slot in (model._kernels._image, model._kernels._text))
     change(model)
     assert is_right(model)
     assert not close(model.encode_image(pictures(5)), old[0])
@@ -764,6 +841,18 @@ def test_what_is_looked_at_of_a_weight(shape: tuple[int, ...]) -> None:
     assert len(set((seen % columns).tolist())) == columns
     assert len(set((seen // columns).tolist())) == rows
     assert len(seen) <= rows + columns + 1 or min(rows, columns) < 10
+
+
+@pytest.mark.parametrize(
+    "shape", [(768, 768), (3072, 768), (768, 3072), (2304, 768), (512, 2048), (64, 64), (768, 3, 32, 32)]
+)
+def test_no_large_block_of_a_weight_is_left_out(shape: tuple[int, ...]) -> None:
+    numel = torch.Size(shape).numel()
+    seen = fast._some(torch.arange(numel).view(shape))
+    hit = torch.zeros(numel)
+    hit[seen] = 1
+    size = 4 * int(shape[0] ** 0.5)
+    assert F.max_pool2d(hit.view(1, 1, shape[0], -1), size, stride=1).min() == 1
 
 
 def test_the_layers_have_what_is_used_of_them() -> None:

@@ -10,6 +10,8 @@ import os
 import pickle
 import random
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -451,6 +453,18 @@ def test_strips_are_used_where_they_pay(
     assert torch.equal(Preprocess()(Image.open(tmp_path / "a.png")), Preprocess()(image))
     assert len([box for box in made if box]) == (0 if strips == 1 else 2 * strips)
     assert torch.equal(expected, CLIPImageProcessorPil()(image, return_tensors="pt")["pixel_values"][0])
+
+
+def test_strips_while_python_ends() -> None:
+    """When no thread can be started any more."""
+    code = (
+        "import atexit, torch, miniclip; from PIL import Image; torch.set_num_threads(2)\n"
+        "image = Image.linear_gradient('L').resize((2000, 1500)).convert('RGB')\n"
+        "expected = miniclip.Preprocess()(image)\n"
+        "atexit.register(lambda: print(torch.equal(miniclip.Preprocess()(image), expected)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("True\n", 0), done.stderr
 
 
 # -- opening files --------------------------------------------------------------------------------------------------
