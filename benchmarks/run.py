@@ -60,6 +60,7 @@ class Row:
     aim: float
     lower_is_better: bool = False
     medians: dict[str, float] = field(default_factory=dict)  # seconds, or bytes
+    section: str = ""
 
     @property
     def verdict(self) -> str:
@@ -161,13 +162,19 @@ def images(options: argparse.Namespace, folders: Mapping[str, Path]) -> Iterator
 # -- texts ------------------------------------------------------------------------------------------------------------
 
 
-def words(seed: int = 0) -> Iterator[str]:
-    """English words as they recur in text: the tokenizer's own whole words, frequent ones more often."""
+def words(seed: int = 0, rare: float = 0.0) -> Iterator[str]:
+    """English words as they recur in text: the tokenizer's own whole words, frequent ones more often.
+
+    A share of them is ``rare``: 50,000 words of two or three tokens, which recur as rarely as such words do.
+    """
     tokenizer, pick = Tokenizer(), random.Random(seed)
     whole = [token.removesuffix("</w>") for token in tokenizer._tokens[512:-2] if token.endswith("</w>")]
     whole = [word for word in whole if word.isascii() and word.isalpha() and len(word) > 2]
+    glue = random.Random(0)
+    glued = ["".join(glue.choices(whole, k=glue.choice((2, 2, 3)))) for _ in range(50_000 if rare else 0)]
     while True:
-        yield whole[int(len(whole) * pick.random() ** 3)]
+        some = glued if pick.random() < rare else whole
+        yield some[int(len(some) * pick.random() ** 3)]
 
 
 def class_names(n: int) -> list[str]:
@@ -178,9 +185,9 @@ def class_names(n: int) -> list[str]:
     return list(names)
 
 
-def captions(n: int, longest: int, seed: int = 2) -> list[str]:
+def captions(n: int, longest: int, seed: int = 2, rare: float = 0.0) -> list[str]:
     """Sentences of three to ``longest`` words, all different."""
-    pick, stream, found = random.Random(seed), words(seed), dict[str, None]()
+    pick, stream, found = random.Random(seed), words(seed, rare), dict[str, None]()
     while len(found) < n:
         sentence = " ".join(next(stream) for _ in range(pick.randint(3, longest)))
         found[pick.choice(("{}", "{}.", "A {}", "a photo of {}!", "{}, 2026")).format(sentence)] = None
@@ -256,7 +263,7 @@ def texts(options: argparse.Namespace, folders: Mapping[str, Path]) -> Iterator[
 def tokenizer(options: argparse.Namespace, folders: Mapping[str, Path]) -> Iterator[Row]:
     rust, openai = validate.reference_tokenizer(), peers.openai_tokenizer()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    batches = [captions(20_000, 20, seed) for seed in range(100, 100 + options.rounds + 2)]
+    batches = [captions(20_000, 20, seed, rare=0.15) for seed in range(100, 100 + options.rounds + 2)]
     for text in batches[0][:1000]:
         assert miniclip.Tokenizer().encode(text) == openai.encode(text)
     # Other captions in every round, each contender the same ones: no memory of a whole text can help.
@@ -269,9 +276,9 @@ def tokenizer(options: argparse.Namespace, folders: Mapping[str, Path]) -> Itera
         },
         options.rounds,
     )
-    ours = medians["miniclip"]
-    yield Row("20,000 new captions to ids", "Hugging Face (Rust)", medians["Rust"] / ours, 1.5, 3, medians=medians)
-    yield Row("20,000 new captions to ids", "OpenAI", medians["OpenAI"] / ours, 3, 8, medians=medians)
+    ours, work = medians["miniclip"], "20,000 new captions to ids, one thread"
+    yield Row(work, "transformers (Rust)", medians["Rust"] / ours, 1.5, 3, medians=medians)
+    yield Row(work, "OpenAI", medians["OpenAI"] / ours, 3, 8, medians=medians)
 
 
 def photo(width: int, height: int) -> Image.Image:
@@ -294,7 +301,7 @@ def preprocessing(options: argparse.Namespace, folders: Mapping[str, Path]) -> I
             2 * options.rounds,
         )
         ratio = medians["transformers"] / medians["miniclip"]
-        yield Row(f"preprocessing, {title}", "transformers", ratio, least, aim, medians=medians)
+        yield Row(f"preprocessing, {title}", "transformers (PIL)", ratio, least, aim, medians=medians)
     path = folders["ViT-B/32"] / "photo.jpg"
     photo(4000, 3000).save(path, quality=85)
     for name in ("demo", folders["ViT-B/32"]):
@@ -394,7 +401,8 @@ def cuda(options: argparse.Namespace, folders: Mapping[str, Path], device: str =
                     if what == "images":
                         given = torch.randn(batch, 3, size, size, device=device, dtype=dtype)
                     else:
-                        given = miniclip.tokenize(captions(batch, 36), truncate=True).long().to(device)
+                        tokens = miniclip.tokenize(captions(batch, 36), truncate=True).long()
+                        given = tokens[:, : int((tokens > 0).sum(dim=1).max())].to(device)  # cut for both
                     agree(ours(given), eager(given), f"{name} {what} in {kind}", 0.999)
                     contenders = {"miniclip": ours, "transformers": eager, "transformers, compiled": compiled}
                     medians = take_turns(
@@ -504,6 +512,7 @@ def main() -> None:
             validate.seeded_checkpoint(hub.KNOWN[name].config, folders[name])
         for section in options.sections or SECTIONS:
             for row in SECTIONS[section](options, folders):
+                row.section = section
                 rows.append(row)
                 print(table([row]).splitlines()[-1], flush=True)
     machine: dict[str, Any] = {"cpu": peers.cpu(), "threads": options.threads, "platform": platform.platform()}
@@ -515,10 +524,20 @@ def main() -> None:
     versions |= {"python": platform.python_version(), "torch": torch.__version__, "miniclip": miniclip.__version__}
     where, minutes = f"{machine['cpu']}, {options.threads} threads", (time.perf_counter() - began) / 60
     print(f"\n{where}; {minutes:.0f} minutes\n\n{table(rows)}")
-    if options.sections:
-        return  # a part of the table would take the place of the whole
     options.out.mkdir(parents=True, exist_ok=True)
     stem = options.out / f"cpu-{date.today()}"
+    if options.sections:  # in their places in today's table, if there is one
+        try:
+            before = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return
+        if (before["machine"], before["versions"]) != (machine, versions):
+            raise SystemExit(f"benchmarks: {stem}.json is of another machine or other versions, and stays as it is")
+        old = [Row(**row) for row in before["rows"]]
+        sections = dict.fromkeys(row.section for row in [*old, *rows])
+        new = set(options.sections)
+        rows = [row for name in sections for row in (rows if name in new else old) if row.section == name]
+        print(f"\n{table(rows)}")
     result = {
         "date": str(date.today()),
         "machine": machine,
