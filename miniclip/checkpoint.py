@@ -130,6 +130,11 @@ class Checkpoint:
         except ConfigError as error:
             raise ConfigError(f"{self.config_path or self.path}: {error}") from None
 
+    @property
+    def files(self) -> list[Path]:
+        """The files the tensors are in, sorted."""
+        return sorted({entry.path for entry in self.entries.values()})
+
     def shapes(self) -> dict[str, Shape]:
         """The shapes under OpenAI's names, of all tensors that both layouts keep whole."""
         if self.layout == "openai":

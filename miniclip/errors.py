@@ -25,6 +25,10 @@ class DownloadError(MiniclipError, OSError):
     """Weights that could not be fetched, or that arrived with the wrong checksum."""
 
 
+class StorageError(MiniclipError, OSError):
+    """A folder or file that cannot be written."""
+
+
 class InputError(MiniclipError, ValueError):
     """A tensor of the wrong shape, dtype, device or content."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import reprlib
@@ -80,6 +81,20 @@ def load(
         checkpoint.fill(model, dtype, torch_device)
     model.fast = fast
     return model.eval().requires_grad_(False), preprocess
+
+
+def weights_sha256(name: str | os.PathLike[str], download_root: str | os.PathLike[str] | None = None) -> str:
+    """The checksum of the weights that ``load`` reads under a name: the file's, or for several that of all of theirs.
+
+    Raises:
+        Those of ``load`` for a name that means nothing or weights that cannot be had.
+    """
+    checkpoint = open_checkpoint(_find(name, download_root)[1])
+    digests = []
+    for path in checkpoint.files:
+        with open(path, "rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _find(

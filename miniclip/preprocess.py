@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeGuard, overload
+from typing import Any, BinaryIO, TypeGuard, overload
 
 import numpy as np
 import torch
@@ -35,6 +36,9 @@ _LARGE = 2_000_000
 _MOST_STRIPS = 8
 # Filters that are 1 at a pixel and 0 at all others.
 _INTERPOLATING = {Image.Resampling[name] for name in ("BOX", "BILINEAR", "HAMMING", "BICUBIC", "LANCZOS")}
+
+# What a file in the High Efficiency Image File Format calls itself (ISO/IEC 23008-12, 10.2 and annex B.4).
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 # What turns the stored pixels upright, by EXIF orientation; 1 is upright already.
 _ORIENTATIONS = {
@@ -112,6 +116,21 @@ class Preprocess:
                 raise InputError("there are no images to preprocess: the list is empty")
             return torch.stack([self._pixels(image) for image in images])
         return self._pixels(images)
+
+    def _pixels(self, image: object) -> Tensor:
+        planes = self.crop(image)
+        return torch.from_numpy(np.stack([levels.take(plane) for levels, plane in zip(self._levels, planes)]))
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """(…, 3, S, S) uint8 -> float32, on the pixels' device: the second half of what a call does, to the bit.
+
+        Raises:
+            InputError: for pixels of another dtype or shape.
+        """
+        if pixels.dtype != torch.uint8 or pixels.ndim < 3 or pixels.shape[-3] != 3:
+            raise InputError(f"pixels must be (…, 3, S, S) in uint8, got {tuple(pixels.shape)} in {pixels.dtype}")
+        levels = torch.from_numpy(self._levels).to(pixels.device)
+        return torch.stack([levels[c][pixels.select(-3, c).int()] for c in range(3)], dim=-3)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Preprocess:
@@ -195,7 +214,13 @@ class Preprocess:
         levels: np.ndarray = (scaled - mean) / std
         return levels
 
-    def _pixels(self, image: object) -> Tensor:
+    def crop(self, image: object) -> np.ndarray:
+        """One PIL image -> (3, S, S) uint8: what the model sees of it, a quarter of the size. See ``normalise``.
+
+        Raises:
+            InputError: for an image without pixels.
+            TypeError: for anything but a PIL image.
+        """
         if not isinstance(image, Image.Image):
             raise TypeError(
                 f"Preprocess takes a PIL image or a list of them, got {type(image).__name__}; "
@@ -207,8 +232,7 @@ class Preprocess:
             image = self._resize_and_crop(image).convert("RGB")
         else:
             image = self._resize_and_crop(_on_white(image))
-        planes = np.asarray(image).transpose(2, 0, 1)  # (3, S, S)
-        return torch.from_numpy(np.stack([levels.take(plane) for levels, plane in zip(self._levels, planes)]))
+        return np.asarray(image).transpose(2, 0, 1)
 
     def _resize_and_crop(self, image: Image.Image) -> Image.Image:
         short, size, shortest = self._short, self.size, min(image.size)
@@ -283,7 +307,8 @@ def open_image(path: str | os.PathLike[str], *, at_least: int | None = None) -> 
     """Open a picture file as a person would see it: an RGB image.
 
     Upright by its EXIF orientation, transparency on white, 16 bits per channel scaled to 8, the first frame of an
-    animation. (PIL's ``Image.open`` does the last alone, and openai/CLIP takes what it gives.)
+    animation; HEIF if pillow-heif is installed. (PIL's ``Image.open`` does the last but one alone, and openai/CLIP
+    takes what it gives.)
 
     Args:
         path: the file.
@@ -301,10 +326,15 @@ def open_image(path: str | os.PathLike[str], *, at_least: int | None = None) -> 
     os.fspath(path)
     if at_least is not None and not _is_length(at_least):
         raise InputError(f"at_least must be a positive number of pixels, got {at_least!r}")
+    return decode_image(path, path, at_least)
+
+
+def decode_image(file: str | os.PathLike[str] | BinaryIO, name: object, at_least: int | None = None) -> Image.Image:
+    """``open_image`` of a path or an open file, which is called ``name`` in errors."""
     try:
-        with Image.open(path) as opened:
-            if opened.format == "EPS":
-                raise ImageError(path, "is PostScript, a program that Pillow would have Ghostscript run")
+        with _open(file, name) as opened:
+            if opened.format in ("EPS", "IPTC"):  # the second opens whatever it has inside
+                raise ImageError(name, "is or may hold PostScript, a program that Pillow would have Ghostscript run")
             if at_least is not None:
                 opened.draft(None, (at_least, at_least))
             opened.load()
@@ -314,18 +344,37 @@ def open_image(path: str | os.PathLike[str], *, at_least: int | None = None) -> 
                 return image.copy() if image is opened else image  # a plain image, with nothing left of the file
     except ImageError:
         raise
-    except FileNotFoundError:
-        raise ImageError(path, "no such file") from None
-    except IsADirectoryError:
-        raise ImageError(path, "is a folder, not an image") from None
+    except FileNotFoundError as error:
+        raise ImageError(name, "no such file") from error
+    except IsADirectoryError as error:
+        raise ImageError(name, "is a folder, not an image") from error
     except UnidentifiedImageError:
-        raise ImageError(path, "is not an image in a format Pillow knows") from None
+        raise ImageError(name, "is not an image in a format Pillow knows") from None
     except Image.DecompressionBombError as error:
-        raise ImageError(path, f"is too large to be decoded safely ({error})") from None
+        raise ImageError(name, f"is too large to be decoded safely ({error})") from None
     except Exception as error:  # in a damaged file Pillow's decoders trip over anything, MemoryError included
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise ImageError(path, f"cannot be read ({reason})") from error
-    raise ImageError(path, "holds floating-point pixels, whose range only you know: scale them to 8 bits first")
+        raise ImageError(name, f"cannot be read ({reason})") from error
+    raise ImageError(name, "holds floating-point pixels, whose range only you know: scale them to 8 bits first")
+
+
+def _open(file: str | os.PathLike[str] | BinaryIO, name: object) -> Image.Image:
+    """``Image.open``, and HEIF with the plugin that reads it: Pillow itself does not, and iPhones write little else."""
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError:
+        with open(file, "rb") if isinstance(file, str | os.PathLike) else contextlib.nullcontext(file) as opened:
+            opened.seek(0)
+            start = opened.read(12)
+            opened.seek(0)
+        if start[4:8] != b"ftyp" or start[8:] not in _HEIF_BRANDS:
+            raise
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        raise ImageError(name, 'is a HEIF picture, which needs a plugin: pip install "miniclip[heif]"') from None
+    register_heif_opener()
+    return Image.open(file)
 
 
 def _upright(image: Image.Image) -> Image.Image:

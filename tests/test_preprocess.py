@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 from data.make_preprocess_goldens import MODES, RARE_MODES, SETTINGS, SIZES, noise, picture, samples, sha256
-from PIL import Image
+from PIL import ExifTags, Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import miniclip.preprocess
@@ -878,8 +878,68 @@ def test_fast_decoding_keeps_the_embedding(tmp_path: Path) -> None:
     assert 0.98 < min(cosines[1]) < 0.998
 
 
+@pytest.mark.parametrize("convention", ["openai", "huggingface"])
+def test_the_two_halves_are_the_whole(convention: str) -> None:
+    preprocess = Preprocess(size=32, convention=convention)  # type: ignore[arg-type]
+    images = [picture("RGB", 50, 40), picture("RGBA", 33, 90), picture("L", 32, 32)]
+    crops = [preprocess.crop(image) for image in images]
+    assert [(crop.shape, crop.dtype) for crop in crops] == [((3, 32, 32), np.uint8)] * 3
+    pixels = torch.from_numpy(np.stack(crops))
+    assert torch.equal(preprocess.normalise(pixels), preprocess(images))
+    assert torch.equal(preprocess.normalise(pixels[0]), preprocess(images[0]))
+    for wrong in (pixels.float(), pixels[:, :2], pixels[0, 0]):
+        with pytest.raises(InputError, match="must be"):
+            preprocess.normalise(wrong)
+
+
+def test_heif_is_read_with_its_plugin(tmp_path: Path) -> None:
+    """As an iPhone writes it: stored lying, to be shown standing."""
+    colours = Image.new("RGB", (64, 32))
+    colours.paste((255, 0, 0), (0, 0, 32, 32))
+    colours.paste((0, 0, 255), (32, 0, 64, 32))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # turned a quarter clockwise: what lies left stands at the top
+    path = tmp_path / "photo.heic"
+    code = "import sys, pillow_heif; pillow_heif.register_heif_opener(); from PIL import Image\n"
+    code += f"Image.open(sys.argv[1]).save(sys.argv[2], quality=100, exif={exif.tobytes()!r})"
+    colours.save(tmp_path / "photo.png")
+    subprocess.run([sys.executable, "-c", code, tmp_path / "photo.png", path], check=True)
+    # In processes of their own: once registered, Pillow knows the format.
+    code = "import json, sys; from miniclip import open_image\n"
+    code += "image = open_image(sys.argv[1]); print(json.dumps([image.size, image.getpixel((16, 8)), image.mode]))"
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    size, (red, green, blue), mode = json.loads(done.stdout)
+    assert (size, mode) == ([32, 64], "RGB")
+    assert red > 230
+    assert max(green, blue) < 25
+    without = "import sys; sys.modules['pillow_heif'] = None\n" + code
+    done = subprocess.run([sys.executable, "-c", without, path], capture_output=True, text=True, check=False)
+    said = 'photo.heic: is a HEIF picture, which needs a plugin: pip install "miniclip[heif]"'
+    assert done.stderr.strip().endswith(said)
+    path.write_bytes(path.read_bytes()[:300])
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=False)
+    assert "miniclip.errors.ImageError" in done.stderr
+
+
 def test_postscript_is_not_run(tmp_path: Path) -> None:
     path = tmp_path / "picture.eps"
     Image.new("RGB", (4, 4), "red").save(path)
-    with pytest.raises(ImageError, match=r"picture\.eps: is PostScript"):
+    with pytest.raises(ImageError, match=r"picture\.eps: is or may hold PostScript"):
         open_image(path)
+
+
+def test_postscript_inside_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an IPTC record, which Pillow opens for what it holds."""
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "picture.eps")
+
+    def record(section: int, number: int, data: bytes) -> bytes:
+        return struct.pack(">BBBH", 0x1C, section, number, len(data)) + data
+
+    size = struct.pack(">H", 4)
+    fields = record(3, 60, b"\1\0") + record(3, 20, size) + record(3, 30, size) + record(3, 120, b"\5")
+    (tmp_path / "photo.jpg").write_bytes(fields + record(8, 10, (tmp_path / "picture.eps").read_bytes()))
+    ran = []
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *arguments, **options: ran.append(arguments))
+    with pytest.raises(ImageError, match=r"photo\.jpg: is or may hold PostScript"):
+        open_image(tmp_path / "photo.jpg")
+    assert not ran
