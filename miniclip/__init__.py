@@ -5,6 +5,7 @@ model, preprocess = miniclip.load("ViT-B/32")
 """
 
 from miniclip.config import CLIPConfig
+from miniclip.embed import Progress, Summary, embed_images
 from miniclip.errors import (
     CheckpointError,
     ConfigError,
@@ -12,6 +13,7 @@ from miniclip.errors import (
     ImageError,
     InputError,
     MiniclipError,
+    StorageError,
     TextTooLongError,
     UnknownModelError,
 )
@@ -21,6 +23,7 @@ from miniclip.loss import contrastive_loss
 from miniclip.model import CLIP
 from miniclip.preprocess import Preprocess, open_image
 from miniclip.saving import save_pretrained
+from miniclip.search import Index, Match
 from miniclip.tokenizer import Tokenizer, tokenize
 from miniclip.zero_shot import ZeroShotClassifier
 
@@ -33,15 +36,21 @@ __all__ = [
     "ConfigError",
     "DownloadError",
     "ImageError",
+    "Index",
     "InputError",
+    "Match",
     "MiniclipError",
     "Preprocess",
+    "Progress",
+    "StorageError",
+    "Summary",
     "TextTooLongError",
     "Tokenizer",
     "UnknownModelError",
     "ZeroShotClassifier",
     "available_models",
     "contrastive_loss",
+    "embed_images",
     "load",
     "open_image",
     "save_pretrained",

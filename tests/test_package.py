@@ -31,7 +31,11 @@ ROOMS = {
     "loading": {"checkpoint", "config", "errors", "hub", "model", "preprocess"},
     "saving": {"checkpoint", "errors", "model", "preprocess"},
     "zero_shot": {"errors", "model", "preprocess", "tokenizer"},
-    "cli": {"config", "errors", "hub", "loading", "preprocess", "zero_shot"},
+    "sources": {"errors"},
+    "store": {"errors", "sources"},
+    "embed": {"errors", "hub", "loading", "model", "preprocess", "sources", "store"},
+    "search": {"errors", "loading", "model", "preprocess", "store", "tokenizer"},
+    "cli": {"config", "embed", "errors", "hub", "loading", "preprocess", "search", "zero_shot"},
     "__main__": {"cli"},
 }
 
@@ -57,7 +61,8 @@ def test_importing_opens_no_data_and_imports_no_client() -> None:
         "sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == 'open' else None)\n"
         "import miniclip\n"
         "assert not [p for p in opened if 'miniclip' in p and 'data' in p.split('miniclip')[-1]], opened\n"
-        "for name in ('transformers', 'huggingface_hub', 'httpx', 'requests', 'torchvision', 'matplotlib', 'ftfy'):\n"
+        "unwanted = 'transformers huggingface_hub httpx requests torchvision matplotlib ftfy pyarrow filelock'\n"
+        "for name in unwanted.split():\n"
         "    assert name not in sys.modules, name\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -182,21 +187,23 @@ def test_examples_say_what_is_wrong_in_a_sentence(tiny: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("script", "package"),
+    ("script", "package", "extra"),
     [
-        ("similarity", "matplotlib"),
-        ("attention", "matplotlib"),
-        ("retrieval", "tqdm"),
-        ("train", "tqdm"),
-        ("evaluate", "tqdm"),
+        ("similarity", "matplotlib", "examples"),
+        ("attention", "matplotlib", "examples"),
+        ("retrieval", "tqdm", "examples"),
+        ("train", "tqdm", "examples"),
+        ("evaluate", "tqdm", "examples"),
+        ("near_duplicates", "tqdm", "examples"),
+        ("embed_ray", "ray", "ray"),
     ],
 )
-def test_a_missing_package_is_one_sentence(script: str, package: str, tmp_path: Path) -> None:
+def test_a_missing_package_is_one_sentence(script: str, package: str, extra: str, tmp_path: Path) -> None:
     (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError('none', name='{package}')", encoding="utf-8")
     path = str(ROOT / "examples" / f"{script}.py")
     code = f"import runpy, sys; sys.path.insert(0, {str(tmp_path)!r}); sys.argv = [{path!r}]\n"
     code += f"sys.path.insert(0, {str(ROOT / 'examples')!r}); runpy.run_path({path!r}, run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    said = f'{script}.py: the package {package} is missing: pip install "miniclip[examples]"'
+    said = f'{script}.py: the package {package} is missing: pip install "miniclip[{extra}]"'
     assert done.stderr.strip() == said
