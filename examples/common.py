@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+_EXTRAS = {"ray": "ray", "pyarrow": "embed"}  # all other packages come with the extra examples
+
 
 def _say_what_is_missing(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     if isinstance(error, ModuleNotFoundError):
-        script = Path(sys.argv[0]).name
-        print(f'{script}: the package {error.name} is missing: pip install "miniclip[examples]"', file=sys.stderr)
+        script, extra = Path(sys.argv[0]).name, _EXTRAS.get(error.name or "", "examples")
+        print(f'{script}: the package {error.name} is missing: pip install "miniclip[{extra}]"', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
