@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # validate.py makes the checkpoints
 
+import numpy as np
 import peers
 import torch
 import torch.nn.functional as F
@@ -41,11 +42,15 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 import miniclip
 import validate
-from miniclip import fast, hub
+from miniclip import embed, fast, hub, sources, store
 from miniclip.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 GFLOP = {"ViT-B/32": 8.8, "ViT-B/16": 35.1}  # of one image, as usually counted
+CORES = "cores / core-seconds"
+SHARES = ("matmul peak", CORES)
+PARTS = ("model", "decoding on one core")
+BATCH = 32
 Work = Callable[[], object]
 
 
@@ -370,6 +375,121 @@ def start(options: argparse.Namespace, folders: Mapping[str, Path]) -> Iterator[
     yield Row("peak memory until then", "transformers", share, 1.2, 1.0, lower_is_better=True, medians=memory)
 
 
+# -- a folder ---------------------------------------------------------------------------------------------------------
+
+
+def folder(options: argparse.Namespace, folders: Mapping[str, Path]) -> Iterator[Row]:
+    """``embed_images`` beside what its parts take alone: cores / (core-seconds of the model + of decoding)."""
+    place = folders["ViT-B/32"]
+    photos = place / "photos"
+    photos.mkdir()
+    different = min(100, options.photos)  # a file read for the second time is decoded all the same
+    for n in range(options.photos):
+        path = photos / f"{n:06}.jpg"
+        if n < different:
+            photo(640, 480).save(path, quality=90)
+        else:
+            os.link(photos / f"{n % different:06}.jpg", path)
+    model, preprocess = miniclip.load(place, "cpu")
+    items = sources.list_items(photos)[0][:BATCH]
+    decoded = [embed.decode(item, preprocess, None) for item in items]
+    pixels = [crop for crop in decoded if isinstance(crop, np.ndarray)]
+    assert len(pixels) == len(items)
+    done: list[miniclip.Summary] = []
+
+    def run() -> None:
+        done.append(
+            miniclip.embed_images(
+                photos, place / "vectors", place, device="cpu", batch_size=BATCH, workers=options.threads
+            )
+        )
+
+    encode = partial(embed.encode, model, preprocess, pixels)
+    parts: dict[str, Work] = dict(
+        zip(PARTS, (encode, lambda: [embed.decode(item, preprocess, None) for item in items]))
+    )
+    before = take_turns(parts, options.rounds)
+    run()
+    after = take_turns(parts, options.rounds)  # a machine does not stay the same for minutes
+    medians = {name: (before[name] + after[name]) / 2 / BATCH for name in parts}
+    assert done[0].embedded == options.photos
+    medians[f"embed, {options.photos:,} photos"] = done[0].seconds
+    ideal = medians[PARTS[0]] + medians[PARTS[1]] / options.threads
+    work = f"embed {options.photos:,} photos of 640 × 480, {done[0].seconds:.0f} s"
+    yield Row(work, CORES, ideal * options.photos / done[0].seconds, 0.90, 0.95, medians=medians)
+
+
+_SEARCH = """
+import statistics, sys, threading, time, torch, miniclip
+most, searching = 0, True
+def anonymous():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+def watch():
+    global most
+    while searching:
+        most = max(most, anonymous())
+        time.sleep(0.001)
+before = anonymous()
+watcher = threading.Thread(target=watch)
+watcher.start()
+index = miniclip.Index.open(sys.argv[1])
+query = torch.nn.functional.normalize(torch.randn(index.dimension), dim=0)
+index.nearest(query)
+searching = False
+watcher.join()
+times = []
+for _ in range(int(sys.argv[2])):
+    start = time.perf_counter()
+    index.nearest(query)
+    times.append(time.perf_counter() - start)
+print(most - before, statistics.median(times))
+"""
+
+
+def search(options: argparse.Namespace, folders: Mapping[str, Path]) -> Iterator[Row]:
+    """Exact search over vectors on disk, beside numpy on the same files and on a matrix in memory, twice as large."""
+    place = folders["ViT-B/32"]
+    millions = store.Store(place / "million")
+    settings = {"batch_size": BATCH, "shard_size": min(10_000, options.vectors), "fast_decode": False}
+    model, preprocess = miniclip.load(place, "cpu")
+    millions.begin(embed.settings_of(place, model, preprocess, **settings))
+    width = model.config.embed_dim
+    randoms = torch.Generator().manual_seed(0)
+    millions.plan([sources.Item(f"{n:07}.jpg", 0, 0) for n in range(options.vectors)], settings["shard_size"])
+    for number in millions.planned():
+        items = millions.items(number)
+        vectors = F.normalize(torch.randn(len(items), width, generator=randoms), dim=1).half().numpy()
+        millions.write_shard(number, store.Shard(vectors, [*range(len(items))], {}))
+    index = miniclip.Index.open(millions.folder)
+    assert len(index) == options.vectors
+    query = F.normalize(torch.randn(width, generator=randoms), dim=0)
+
+    def numpy(parts: Iterable[np.ndarray]) -> list[int]:
+        scores = np.concatenate([part.astype(np.float32, copy=False) @ query.numpy() for part in parts])
+        best = np.argpartition(-scores, 10)[:10]
+        order: list[int] = best[np.argsort(-scores[best])].tolist()
+        return order
+
+    contenders: dict[str, Work] = {
+        "numpy, float32 in memory": partial(numpy, [np.concatenate([*index.vectors()]).astype(np.float32)]),
+        "numpy, the same files": lambda: numpy(index.vectors()),
+    }
+    for name, contender in contenders.items():
+        if [int(match.path[:-4]) for match in index.nearest(query)] != contender():
+            raise SystemExit(f"benchmarks: {name} finds others")
+    medians = take_turns({"miniclip": partial(index.nearest, query), **contenders}, options.rounds)
+    work = f"search, {options.vectors:,} vectors of {width}"
+    yield Row(work, name, medians[name] / medians["miniclip"], 1.0, 1.0, medians=medians)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(options.threads)}
+    command = [sys.executable, "-c", _SEARCH, str(millions.folder), str(options.rounds)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    taken, seconds = map(float, done.stdout.split())
+    work += ", in a process of its own"
+    yield Row(f"{work}: {seconds:.2f} s", "0.3 s", 0.3 / seconds, 1.0, 1.5, medians={"miniclip": seconds})
+    row = Row(f"{work}: {taken / 1e6:.0f} MB", "300 MB", taken / 300e6, 1.0, 0.5, lower_is_better=True)
+    yield replace(row, medians={"miniclip": taken})
+
+
 # -- CUDA -------------------------------------------------------------------------------------------------------------
 
 
@@ -424,6 +544,7 @@ def cuda(options: argparse.Namespace, folders: Mapping[str, Path], device: str =
 # -- the report -------------------------------------------------------------------------------------------------------
 
 SECTIONS = {"images": images, "texts": texts, "tokenizer": tokenizer, "preprocessing": preprocessing, "start": start}
+SECTIONS |= {"embed": folder, "search": search}
 if torch.cuda.is_available():
     SECTIONS["cuda"] = cuda
 
@@ -431,11 +552,15 @@ if torch.cuda.is_available():
 def table(rows: Iterable[Row]) -> str:
     lines = ["| work | beside | ratio | least | aim | reached |", "|---|---|---|---|---|---|"]
     for row in rows:
-        numbers = [f"{value:.0%}" if row.beside == "matmul peak" else f"{value:.2f}×" for value in (row.ratio,)]
+        numbers = [f"{value:.0%}" if row.beside in SHARES else f"{value:.2f}×" for value in (row.ratio,)]
         bounds = [f"{'≤ ' if row.lower_is_better else ''}{bound:g}×" for bound in (row.least, row.aim)]
-        if row.beside == "matmul peak":
+        if row.beside in SHARES:
             bounds = [f"{bound:.0%}" for bound in (row.least, row.aim)]
-        lines.append(f"| {' | '.join([row.work, row.beside, *numbers, *bounds, row.verdict])} |")
+        work = row.work
+        if row.beside == CORES:
+            model, decoding = (1e3 * row.medians[part] for part in PARTS)
+            work += f" (each: model {model:.0f} ms on all cores, decoding {decoding:.1f} ms on one)"
+        lines.append(f"| {' | '.join([work, row.beside, *numbers, *bounds, row.verdict])} |")
     return "\n".join(lines)
 
 
@@ -445,7 +570,7 @@ def draw(rows: list[Row], title: str, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    speeds = [row for row in rows if row.beside != "matmul peak" and not row.lower_is_better]
+    speeds = [row for row in rows if row.beside not in SHARES and not row.lower_is_better]
     shares = [row for row in rows if row not in speeds]
     panels = [(part, name) for part, name in ((speeds, "times as fast"), (shares, "share")) if part]
     heights = [len(part) for part, _ in panels]
@@ -496,6 +621,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     parser.add_argument("--rounds", type=int, default=15, help="turns of each contender (default: 15)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 256, 1024], help="on CUDA")
+    parser.add_argument("--photos", type=int, default=10_000, help="in the folder that is embedded (default: 10,000)")
+    parser.add_argument("--vectors", type=int, default=1_000_000, help="that are searched (default: 1,000,000)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="where JSON and chart go")
     options = parser.parse_args()
 

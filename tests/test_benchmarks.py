@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,6 +80,28 @@ def test_the_rows_for_cuda_run_on_the_cpu(run: ModuleType, tiny: Path, monkeypat
     rows = list(run.cuda(options, {"ViT-B/32": tiny}, device="cpu"))
     assert len(rows) == 2 * 2 * 2 * 2  # dtypes, towers, batches, peers
     assert all(row.ratio > 0 for row in rows)
+
+
+def test_a_folder_beside_its_parts(run: ModuleType, tiny: Path, tmp_path: Path) -> None:
+    options = argparse.Namespace(photos=40, rounds=1, threads=torch.get_num_threads())
+    place = Path(shutil.copytree(tiny, tmp_path / "model"))
+    (row,) = run.folder(options, {"ViT-B/32": place})
+    assert row.ratio > 0
+    assert row.medians["embed, 40 photos"] > 0
+    shown = run.table([row]).splitlines()[-1]
+    assert "%" in shown
+    assert "(each: model " in shown
+    assert len(list((place / "photos").iterdir())) == 40
+
+
+def test_a_search_of_many(run: ModuleType, tiny: Path, tmp_path: Path) -> None:
+    place = Path(shutil.copytree(tiny, tmp_path / "model"))
+    options = argparse.Namespace(vectors=25_000, rounds=1, threads=torch.get_num_threads())
+    files, seconds, memory = run.search(options, {"ViT-B/32": place})
+    assert files.ratio > 0
+    assert files.beside == "numpy, the same files"
+    assert seconds.ratio == 0.3 / seconds.medians["miniclip"]
+    assert 0 < memory.medians["miniclip"] < 300e6
 
 
 def test_the_chart_and_the_readme_show_the_results_that_are_there(run: ModuleType, tmp_path: Path) -> None:
