@@ -8,6 +8,7 @@ one that was not, on the same machine with as many threads.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import time
@@ -31,6 +32,14 @@ from miniclip.preprocess import Preprocess, decode_image
 from miniclip.sources import Item, file_item, list_items
 from miniclip.store import Failure, Shard, Store
 
+# Of the place where a file is, not of what is in it. (A damaged picture has Pillow seek where nothing is: EINVAL.)
+_OF_THE_SYSTEM = {
+    getattr(errno, name, None)
+    for name in (
+        *("ENOENT", "EACCES", "EPERM", "EIO", "ENXIO", "ENODEV", "EMFILE", "ENFILE", "ESTALE", "ETIMEDOUT"),
+        *("ENOTCONN", "ECONNRESET", "ECONNABORTED", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH"),
+    )
+} - {None}
 _AHEAD = 2  # batches that wait decoded: enough that the model never waits, and all the memory a long run takes
 
 
@@ -64,7 +73,7 @@ def decode(item: Item, preprocess: Preprocess, at_least: int | None) -> Decoded:
 
 def _is_of_the_system(error: BaseException | None) -> bool:
     """Whether the system could not give the bytes, rather than Pillow make something of them."""
-    return isinstance(error, OSError) and error.errno is not None
+    return isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM
 
 
 def decode_ahead(

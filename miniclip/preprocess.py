@@ -363,6 +363,8 @@ def _open(file: str | os.PathLike[str] | BinaryIO, name: object) -> Image.Image:
     try:
         return Image.open(file)
     except UnidentifiedImageError:
+        if isinstance(file, str | os.PathLike) and not os.path.isfile(file):
+            raise  # a pipe: opened again, it would wait for another writer
         with open(file, "rb") if isinstance(file, str | os.PathLike) else contextlib.nullcontext(file) as opened:
             opened.seek(0)
             start = opened.read(12)

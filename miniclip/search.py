@@ -130,8 +130,8 @@ class Index:
         if tuple(query.shape) != (self.dimension,):
             raise InputError(f"the query must be a vector of {self.dimension}, got {tuple(query.shape)}")
         query = query.detach().float().cpu()
-        if not query.isfinite().all():
-            raise InputError("the query holds numbers that are not finite")
+        if not (length := query.double().norm().item()) < 1e3:  # or not finite
+            raise InputError(f"the query must be a unit vector, and its length is {length:g}")
         best = self._best(query, k)
         return [Match(path, score) for path, (_, score) in zip(self.paths(row for row, _ in best), best)]
 

@@ -69,9 +69,9 @@ def list_items(source: Path) -> tuple[list[Item], int]:
     if not items:
         only = f", only {skipped:,} files of other kinds" if skipped else ""
         raise InputError(f"{source} holds no pictures{only}")
-    items.sort(key=lambda item: (os.fsencode(item.path), item.offset))
-    # A list of paths may name one twice.
-    return [item for item, before in zip(items, [None, *items]) if before is None or item[:5] != before[:5]], skipped
+    items = list({item[:5]: item for item in items}.values())  # a list of paths may name one twice
+    items.sort(key=lambda item: (os.fsencode(item.path), item.offset, item.member or ""))
+    return items, skipped
 
 
 def _files_below(folder: str, unreadable: list[Item]) -> Iterator[str]:
@@ -119,40 +119,39 @@ def file_item(path: str) -> Item:
 def _tar_items(path: str) -> list[Item]:
     """The pictures of a tar with their captions. The members of a sample share their name up to the first dot."""
     whole = file_item(path)
-    items: list[Item] = []
+    members: dict[str, tarfile.TarInfo] = {}  # what a link may lead to
+    pictures: list[tuple[Item, tarfile.TarInfo]] = []
     texts: dict[str, str] = {}
+    broken: list[Item] = []
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
+                members[os.path.normpath(member.name)] = member
                 folder, name = os.path.split(member.name)
                 key = printable(os.path.join(folder, name.partition(".")[0]))
                 suffix = os.path.splitext(name)[1].lower()
                 if suffix in SUFFIXES and (member.isfile() or member.islnk() or member.issym()):
-                    item = whole._replace(member=printable(member.name), key=key)
-                    items.append(_located(item, tar, member))
+                    pictures.append((whole._replace(member=printable(member.name), key=key), member))
                 elif suffix == ".txt" and member.isfile() and (file := tar.extractfile(member)):
                     texts[key] = file.read().decode("utf-8", errors="replace")
             _ends_well(tar)
     except Exception as error:  # a damaged header ends in anything, a RecursionError included
-        items.append(whole._replace(error=f"cannot be read to its end as a tar ({error or type(error).__name__})"))
-    return [item._replace(caption=texts.get(item.key or "")) for item in items]
+        broken = [whole._replace(error=f"cannot be read to its end as a tar ({error or type(error).__name__})")]
+    located = (_located(item, member, members) for item, member in pictures)
+    return [item._replace(caption=texts.get(item.key or "")) for item in located] + broken
 
 
-def _located(item: Item, tar: tarfile.TarFile, member: tarfile.TarInfo) -> Item:
+def _located(item: Item, member: tarfile.TarInfo, members: dict[str, tarfile.TarInfo]) -> Item:
     """An item with the place of its bytes in the tar, which for a link are those of another member."""
-    try:
-        if member.islnk() or member.issym():
-            member = tar.getmember(os.path.normpath(_target(member)))
-    except KeyError:
-        return item._replace(error=f"is a link to {printable(member.linkname)}, which is not in the tar")
+    if link := member.linkname if member.islnk() or member.issym() else "":
+        # A hard link is named from the top of the tar, a symbolic one from its own folder.
+        target = link if member.islnk() else os.path.join(os.path.dirname(member.name), link)
+        if (found := members.get(os.path.normpath(target))) is None:
+            return item._replace(error=f"is a link to {printable(link)}, which is not in the tar")
+        member = found
     if not member.isreg() or member.issparse():
         return item._replace(error="is not stored as a plain file in the tar")
     return item._replace(offset=member.offset_data, length=member.size)
-
-
-def _target(link: tarfile.TarInfo) -> str:
-    """What a link leads to: from the top of the tar for a hard one, from its own folder for a symbolic one."""
-    return link.linkname if link.islnk() else os.path.join(os.path.dirname(link.name), link.linkname)
 
 
 def _ends_well(tar: tarfile.TarFile) -> None:

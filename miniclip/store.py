@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,9 @@ from miniclip.sources import Item, printable
 _FORMAT = 1
 _MANIFEST = "manifest.json"
 _FAILURES = "failures.jsonl"
+_KINDS = {"img_emb": "npy", "metadata": "parquet", "listing": "parquet", "failures": "jsonl"}
+_TEMPORARY = re.compile(rf"\.({'|'.join(_KINDS)}|manifest)(_[0-9]+)?\.(npy|parquet|jsonl|json)\..+\.tmp")
+_MOST_TRIES = 10  # of a picture that cannot be read
 
 
 class Failure(NamedTuple):
@@ -79,24 +83,24 @@ class Store:
 
     def planned(self) -> list[int]:
         """The shards whose files are listed."""
-        return self._numbers("listing", "parquet")
+        return self._numbers("listing")
 
     def complete(self) -> list[int]:
         """The shards that are there."""
-        return self._numbers("failures", "jsonl")
+        return self._numbers("failures")
 
     def todo(self) -> list[int]:
         """The shards that are listed and not complete."""
         return sorted({*self.planned()} - {*self.complete()})
 
-    def _numbers(self, kind: str, suffix: str) -> list[int]:
+    def _numbers(self, kind: str) -> list[int]:
         try:
             names = os.listdir(self.folder / kind)
         except FileNotFoundError:
             return []
         except OSError as error:  # taken for empty, it would be filled anew
             raise StorageError(f"{self.folder / kind} cannot be read ({error.strerror})") from None
-        found = (re.fullmatch(rf"{kind}_(0|[1-9][0-9]*)\.{suffix}", name) for name in names)
+        found = (re.fullmatch(rf"{kind}_(0|[1-9][0-9]*)\.{_KINDS[kind]}", name) for name in names)
         return sorted(int(match[1]) for match in found if match)
 
     def manifest(self) -> dict[str, Any] | None:
@@ -144,14 +148,17 @@ class Store:
     def plan(self, found: Sequence[Item], shard_size: int) -> None:
         """List the files of the shards to come: slices of what is new, or can be read again, among those found."""
         planned, complete = self.planned(), {*self.complete()}
-        known = set()
+        known: set[tuple[Any, ...]] = set()
+        tries: Counter[tuple[Any, ...]] = Counter()
         for number in planned:
             items = self.items(number)
             known |= {item[:5] for item in items}
             for failure in self.failures(number) if number in complete else []:
-                item = items[failure["row"]]
-                if failure.get("again") and os.access(item.path, os.R_OK):
-                    known.discard(item[:5])
+                if failure.get("again"):
+                    item = items[failure["row"]]
+                    tries[item[:5]] += 1
+                    if tries[item[:5]] < _MOST_TRIES and os.access(item.path, os.R_OK):
+                        known.discard(item[:5])
         new = [item for item in found if item[:5] not in known]
         first = planned[-1] + 1 if planned else 0
         for number, start in enumerate(range(0, len(new), shard_size), start=first):
@@ -183,6 +190,9 @@ class Store:
             np.save(vectors, shard.vectors)
             self.write(self.vectors(number), vectors.getbuffer())
             self.write(self.metadata(number), _parquet(pa.table(columns)))
+        else:  # its files may have been there before, and be gone
+            _remove(self.vectors(number))
+            _remove(self.metadata(number))
         lines = []
         for row, (error, again) in shard.failures.items():
             line = {"path": printable(listed[row].name), "error": error, "row": row}
@@ -197,8 +207,11 @@ class Store:
         """
         path = self.failed(number)
         try:
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError) as error:
+            failures: list[dict[str, Any]] = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+            if any(not {"path", "error", "row"} <= failure.keys() for failure in failures):
+                raise ValueError("a line is not of this version")
+            return failures
+        except (OSError, ValueError, AttributeError) as error:
             raise self.damaged(path, error, number) from None
 
     def rows(self, number: int) -> int:
@@ -215,13 +228,14 @@ class Store:
         try:
             with path.open("rb") as file:
                 np.lib.format.read_magic(file)
-                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+                shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
                 start, end = file.tell(), file.seek(0, os.SEEK_END)
-        except (OSError, ValueError) as error:
+            if (len(shape), shape[0], dtype, by_columns, start % 2) != (2, rows, np.dtype(np.float16), False, 0):
+                raise ValueError(f"{shape} in {dtype} instead of {rows} rows of float16")
+            if end - start != 2 * rows * shape[1]:
+                raise ValueError(f"{end - start:,} bytes instead of {2 * rows * shape[1]:,}")
+        except Exception as error:  # numpy reads the header as Python, which may be wrong in any way
             raise self.damaged(path, error, number) from None
-        if len(shape) != 2 or dtype != np.float16 or shape[0] != rows or end - start != 2 * rows * shape[1]:
-            what = f"{shape} in {dtype} and {end - start:,} bytes instead of {rows} rows of float16"
-            raise self.damaged(path, what, number)
         return start
 
     def load(self, number: int, rows: int) -> torch.Tensor:
@@ -265,7 +279,8 @@ class Store:
         """
         path = self.listing(number)
         try:
-            return int(_pyarrow().parquet.read_metadata(path).num_rows)
+            with path.open("rb") as file:
+                return int(_pyarrow().parquet.read_metadata(file).num_rows)
         except (OSError, _pyarrow().ArrowException) as error:
             raise self.damaged(path, error) from None
 
@@ -281,21 +296,27 @@ class Store:
         Raises:
             ConfigError: if a file of the folder is damaged.
         """
-        failures, total = [], 0
+        failures: list[tuple[int, Item, dict[str, Any]]] = []
+        total = 0
         for number in self.complete():
-            failed = self.failures(number)
-            failures += [(number, failure) for failure in failed]
+            if failed := self.failures(number):
+                items = self.items(number)
+                failures += [(number, items[failure["row"]], failure) for failure in failed]
             if rows := self.size(number) - len(failed):
                 self.check(number, rows)
                 total += rows
-        last: dict[tuple[Any, ...], int] = {}
-        if any(failure.get("again") for _, failure in failures):
-            last = {item[:5]: number for number in self.planned() for item in self.items(number)}
-        lines = []
-        for number, failure in failures:
-            if failure.get("again") and last[self.items(number)[failure["row"]][:5]] > number:
-                continue  # it has been tried again since
-            lines.append(json.dumps({"path": failure["path"], "error": failure["error"]}) + "\n")
+        # A file that was tried again, or has changed, is in a later shard as well; for a tar, a part of it is.
+        last = {(item.path, member): number for number, item, _ in failures for member in (item.member, None)}
+        for number in self.planned() if failures else []:
+            for item in self.items(number):
+                for key in (item.path, item.member), (item.path, None):
+                    if key in last:
+                        last[key] = number
+        lines = [
+            json.dumps({"path": failure["path"], "error": failure["error"]}) + "\n"
+            for number, item, failure in failures
+            if last[item.path, item.member] == number
+        ]
         self.write(self.folder / _FAILURES, "".join(lines).encode())
         return total
 
@@ -308,8 +329,14 @@ class Store:
         Raises:
             ConfigError: naming the first setting that contradicts the manifest.
         """
-        for path in self.folder.glob("**/.*.tmp"):
-            _remove(path)
+        if self.manifest() is None and any(
+            path for kind in _KINDS for path in self.folder.glob(f"{kind}/{kind}_[0-9]*")
+        ):
+            raise ConfigError(f"{self.folder} holds vectors and no {_MANIFEST}: choose another folder")
+        for folder in (self.folder, *(self.folder / kind for kind in _KINDS)):
+            for path in folder.glob(".*.tmp"):
+                if _TEMPORARY.fullmatch(path.name):  # the folder may hold other things as well
+                    _remove(path)
         if complete := self.complete():
             if missing := sorted({*complete} - {*self.planned()}):
                 name = self.listing(missing[0]).name
@@ -334,7 +361,7 @@ class Store:
             ConfigError: if there is none, or naming the first setting that contradicts it.
         """
         if self.manifest() is None:
-            raise ConfigError(f"{self.folder} holds vectors and no {_MANIFEST}: choose another folder")
+            raise ConfigError(f"{self.folder} has no {_MANIFEST}")
         if differing := self.difference(settings):
             name, before, now = differing
             raise ConfigError(
@@ -426,8 +453,9 @@ def _pyarrow() -> Any:
 
 
 def _read(path: Path, columns: list[str] | None = None) -> Any:
-    with _pyarrow().parquet.ParquetFile(path) as file:
-        return file.read(columns, use_threads=False)  # a column of a shard is less work than starting threads
+    # Opened here, because pyarrow wants a path to be text.
+    with path.open("rb") as file, _pyarrow().parquet.ParquetFile(file) as table:
+        return table.read(columns, use_threads=False)  # a column of a shard is less work than starting threads
 
 
 def _parquet(table: Any) -> memoryview:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -257,6 +258,9 @@ def test_what_changes_during_a_run_is_there_once(
     assert (done.embedded, done.failed, done.total) == (3, 1, 23)
     paths = miniclip.Index.open(out).paths(range(23))
     assert sorted(Path(path).name for path in paths[20:]) == ["00.jpg", "dangling.png", "nowhere.png"]
+    failures = {Path(line["path"]).name: line["error"] for line in map(json.loads, (out / "failures.jsonl").open())}
+    assert not {"00.jpg", "dangling.png"} & set(failures)  # which have been embedded since
+    assert len(failures) == 7
     assert len(set(paths)) == 23
 
 
@@ -286,6 +290,49 @@ def test_what_could_not_be_read_is_tried_again(
     assert all(failure.keys() == {"path", "error"} for failure in failures)
     third = miniclip.embed_images(photos, out, str(tiny), **settings)  # type: ignore[arg-type]
     assert (third.embedded, third.shards, third.total) == (0, 0, 23)
+
+
+@pytest.mark.parametrize(("number", "tries"), [(errno.EIO, 10), (errno.EINVAL, 1)])
+def test_what_can_never_be_read_is_not_tried_for_ever(
+    number: int, tries: int, photos: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bad sector, and a damaged picture that has Pillow seek before its beginning."""
+    opened = Image.open
+
+    def fails(file: object, *arguments: object) -> Image.Image:
+        if str(file).endswith("00.jpg"):
+            raise OSError(number, os.strerror(number))
+        return opened(file, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Image, "open", fails)
+    done = [miniclip.embed_images(photos, tmp_path / "out", str(tiny), device="cpu") for _ in range(12)]
+    assert [summary.shards for summary in done] == [1] * tries + [0] * (12 - tries)
+    failures = [json.loads(line)["path"] for line in (tmp_path / "out" / "failures.jsonl").read_text().splitlines()]
+    assert len(failures) == len(set(failures)) == 7
+
+
+@pytest.mark.parametrize("name", ["img_emb/img_emb_00.npy", "metadata/metadata_12.parquet"])
+def test_vectors_of_another_program_are_left_alone(name: str, photos: Path, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / name).parent.mkdir(parents=True)
+    (tmp_path / "out" / name).write_bytes(b"theirs")
+    with pytest.raises(miniclip.ConfigError, match=r"holds vectors and no manifest\.json"):
+        miniclip.embed_images(photos, tmp_path / "out", str(tiny), device="cpu")
+    assert contents(tmp_path / "out") == {name: b"theirs"}
+
+
+def test_a_folder_with_other_things_in_it_keeps_them(photos: Path, tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    theirs = [
+        out / name for name in (".draft.tmp", "deep/er/.x.tmp", "img_emb/.keep.tmp", "img_emb/img_emb_x.npy", "a")
+    ]
+    ours = [out / "img_emb" / ".img_emb_3.npy.host.17.tmp", out / ".manifest.json.host.17.tmp"]
+    for path in (*theirs, *ours):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    for _ in range(2):
+        assert miniclip.embed_images(photos, out, str(tiny), device="cpu").total == 23
+    assert all(path.read_text() == "x" for path in theirs)
+    assert not any(path.exists() for path in ours)
 
 
 def test_a_run_that_made_nothing_leaves_no_plan(
@@ -529,9 +576,10 @@ def test_links_in_a_tar(tiny: Path, tmp_path: Path) -> None:
     (folder / "three.png").symlink_to("a/one.png")
     (folder / "four.png").symlink_to("nowhere.png")
     with tarfile.open(tmp_path / "links.tar", "w") as tar:
-        tar.add(folder / "a", "photos/a")
-        tar.add(folder, "photos", filter=lambda info: None if info.name.startswith("photos/a") else info)
-    done = miniclip.embed_images(tmp_path / "links.tar", tmp_path / "out", str(tiny), device="cpu")
+        tar.add(folder / "a", "./a")
+        tar.add(folder, ".", filter=lambda info: None if info.name.startswith("./a") else info)
+    (tmp_path / "twice.txt").write_text(f"{tmp_path}/links.tar\n" * 2)
+    done = miniclip.embed_images(tmp_path / "twice.txt", tmp_path / "out", str(tiny), device="cpu")
     assert (done.embedded, done.failed) == (3, 1)
     assert "four.png" in (tmp_path / "out" / "failures.jsonl").read_text()
     vectors = np.load(tmp_path / "out" / "img_emb" / "img_emb_0.npy")
@@ -563,11 +611,32 @@ def test_odd_times_and_places(tiny: Path, tmp_path: Path) -> None:
         subprocess.run(["rm", "-r", photos / "d"], check=True)  # what Python cannot, pytest neither
 
 
+def test_a_shard_that_loses_all_its_pictures_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    for n in range(4):
+        picture(photos / f"{n}.png", n)
+    miniclip.embed_images(photos, out, str(tiny), shard_size=2, device="cpu")
+    (out / "failures" / "failures_1.jsonl").unlink()  # as if killed before it was written
+    for n in (2, 3):
+        (photos / f"{n}.png").rename(tmp_path / f"{n}.png")
+    done = miniclip.embed_images(photos, out, str(tiny), shard_size=2, device="cpu")
+    assert (done.failed, done.total) == (2, 2)
+    assert [path.name for path in (out / "img_emb").iterdir()] == ["img_emb_0.npy"]
+    assert [path.name for path in (out / "metadata").iterdir()] == ["metadata_0.parquet"]
+
+
 def test_a_missing_file_of_vectors_is_noticed(photos: Path, tiny: Path, tmp_path: Path) -> None:
     settings = {"batch_size": 4, "shard_size": 10, "device": "cpu"}
     miniclip.embed_images(photos, tmp_path / "out", str(tiny), **settings)  # type: ignore[arg-type]
     path = tmp_path / "out" / "img_emb" / "img_emb_1.npy"
-    for damage in (lambda: path.write_bytes(path.read_bytes()[:-1]), path.unlink):
+    whole = path.read_bytes()
+    header = whole.index(b"{")
+    for damage in (
+        lambda: path.write_bytes(whole[:-1]),
+        lambda: path.write_bytes(whole.replace(b"False", b"True ")),
+        lambda: path.write_bytes(whole[:header] + b"((((((" + whole[header + 6 :]),
+        path.unlink,
+    ):
         damage()
         with pytest.raises(miniclip.ConfigError, match=r"img_emb_1\.npy is damaged .*remove .*failures_1\.jsonl"):
             miniclip.embed_images(photos, tmp_path / "out", str(tiny), **settings)  # type: ignore[arg-type]
@@ -709,8 +778,9 @@ def test_search_says_what_it_cannot(out: Path, tmp_path: Path) -> None:
             index.search(**{"text": "cat", **wrong})  # type: ignore[arg-type]
     with pytest.raises(miniclip.TextTooLongError):
         index.search("cat " * 100)
-    with pytest.raises(miniclip.InputError, match="not finite"):
-        index.nearest(torch.full((48,), torch.nan))
+    for number in (torch.nan, torch.inf, 1e38):
+        with pytest.raises(miniclip.InputError, match="must be a unit vector, and its length is"):
+            index.nearest(torch.full((48,), number))
     with pytest.raises(miniclip.InputError, match="rows 0 to 22, not -1"):
         index.paths([-1])
     (tmp_path / "empty").mkdir()

@@ -34,7 +34,7 @@ ROOMS = {
     "sources": {"errors"},
     "store": {"errors", "sources"},
     "embed": {"errors", "hub", "loading", "model", "preprocess", "sources", "store"},
-    "search": {"errors", "loading", "model", "preprocess", "store", "tokenizer"},
+    "search": {"embed", "errors", "loading", "model", "preprocess", "store", "tokenizer"},
     "cli": {"config", "embed", "errors", "hub", "loading", "preprocess", "search", "zero_shot"},
     "__main__": {"cli"},
 }

@@ -12,6 +12,7 @@ import random
 import struct
 import subprocess
 import sys
+import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -916,6 +917,12 @@ def test_heif_is_read_with_its_plugin(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", without, path], capture_output=True, text=True, check=False)
     said = 'photo.heic: is a HEIF picture, which needs a plugin: pip install "miniclip[heif]"'
     assert done.stderr.strip().endswith(said)
+    os.mkfifo(tmp_path / "pipe")
+    piping = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(b"no picture" * 9,))
+    piping.start()
+    with pytest.raises(ImageError, match="pipe: is not an image"):
+        open_image(tmp_path / "pipe")  # it does not wait for a second writer
+    piping.join()
     path.write_bytes(path.read_bytes()[:300])
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=False)
     assert "miniclip.errors.ImageError" in done.stderr
