@@ -123,7 +123,7 @@ class Index:
         """The ``k`` pictures nearest to a unit vector (D,), best first; of equals the one that was listed first.
 
         Raises:
-            InputError: for a vector of another length or one that is not finite, or a ``k`` below 1.
+            InputError: for a vector of another size, not finite or far from length 1, or a ``k`` below 1.
             TypeError: if ``k`` is no int.
         """
         _check(k)

@@ -64,6 +64,8 @@ def list_items(source: Path) -> tuple[list[Item], int]:
             for line in text.splitlines():
                 if line.strip():
                     items += _items_at(_listed(line))
+    except InputError:  # which is a ValueError
+        raise
     except (OSError, ValueError) as error:
         raise InputError(f"{source}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     if not items:

@@ -678,6 +678,8 @@ def test_sources(photos: Path, tiny: Path, tmp_path: Path) -> None:
     tar.write_bytes(tar.read_bytes()[:2500])
     done = miniclip.embed_images(tar, tmp_path / "from_cut", str(tiny), device="cpu")
     assert done.failed >= 1
+    with pytest.raises(miniclip.InputError, match=r"^\S+01\.png is neither a folder, nor a \.tar, nor a text file"):
+        miniclip.embed_images(photos / "b" / "01.png", tmp_path / "never", str(tiny))
     for source in (tmp_path / "nowhere", tmp_path / "out_of_nothing"):
         (tmp_path / "out_of_nothing").mkdir(exist_ok=True)
         with pytest.raises(miniclip.InputError):
