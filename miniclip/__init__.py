@@ -25,9 +25,8 @@ from miniclip.preprocess import Preprocess, open_image
 from miniclip.saving import save_pretrained
 from miniclip.search import Index, Match
 from miniclip.tokenizer import Tokenizer, tokenize
+from miniclip.version import __version__
 from miniclip.zero_shot import ZeroShotClassifier
-
-__version__ = "0.1.0"
 
 __all__ = [
     "CLIP",
@@ -48,6 +47,7 @@ __all__ = [
     "Tokenizer",
     "UnknownModelError",
     "ZeroShotClassifier",
+    "__version__",
     "available_models",
     "contrastive_loss",
     "embed_images",

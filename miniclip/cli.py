@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from miniclip import __version__
 from miniclip.config import CLIPConfig
 from miniclip.embed import Progress, Summary, embed_images
 from miniclip.errors import ConfigError, ImageError, MiniclipError
@@ -23,6 +22,7 @@ from miniclip.hub import BUNDLED, KNOWN, cached_model
 from miniclip.loading import load
 from miniclip.preprocess import open_image
 from miniclip.search import Index
+from miniclip.version import __version__
 from miniclip.zero_shot import Answer, ZeroShotClassifier
 
 _SECONDS_BETWEEN_LINES = 30

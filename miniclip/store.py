@@ -30,6 +30,7 @@ import torch
 
 from miniclip.errors import ConfigError, StorageError
 from miniclip.sources import Item, printable
+from miniclip.version import __version__
 
 _FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -343,8 +344,6 @@ class Store:
                 raise ConfigError(f"{self.folder} holds vectors and no {name}: choose another folder")
             self.agree(settings)
             return
-        from miniclip import __version__
-
         for number in reversed(self.planned()):
             for path in (self.vectors(number), self.metadata(number), self.listing(number)):
                 _remove(path)
