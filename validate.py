@@ -38,7 +38,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import miniclip
-from miniclip import fast, hub
+from miniclip import hub
+from miniclip.model import path_of
 from miniclip.checkpoint import non_finite, open_checkpoint
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -222,7 +223,7 @@ def _text_stages(model: miniclip.CLIP, reference: CLIPModel, tokens: Tensor, lim
     outputs = reference.text_model(tokens, output_hidden_states=True)
     states = model.hidden_states(tokens)
     yield from _blocks("text", "token embedding", states, outputs.hidden_states, limits)
-    ends = states[-1][torch.arange(len(tokens)), text.end_positions(tokens)]
+    ends = states[-1][torch.arange(len(tokens)), model.end_positions(tokens)]
     yield measure("text pooled", model.ln_final(ends), outputs.pooler_output, "hidden", limits)
     expected = F.normalize(reference.text_projection(outputs.pooler_output), dim=1)
     for path, features in (("plain", text(tokens)), ("as used", model.encode_text(tokens))):
@@ -468,7 +469,7 @@ def validate(pair: Pair, name: str, device: str, dtype: torch.dtype) -> Report:
     if pair.real and name == "ViT-B/32" and dtype in (torch.float32, torch.float64):
         rows.append(published(model))
     dtype_name = str(dtype).removeprefix("torch.")
-    return Report(name, pair.description, device, dtype_name, fast.path_of(model), tuple(rows))
+    return Report(name, pair.description, device, dtype_name, path_of(model), tuple(rows))
 
 
 def print_report(report: Report) -> None:
