@@ -465,6 +465,7 @@ def test_one_error_names_missing_unexpected_and_wrong_tensors(folder: Path) -> N
     assert "text_model.encoder.layers.1.self_attn.k_proj.bias" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["hf", "openai"])
 def test_every_tensor_is_required(layout: str, folder: Path, openai: Path) -> None:
     path = folder / "model.safetensors" if layout == "hf" else openai

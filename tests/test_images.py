@@ -438,6 +438,7 @@ def test_fast_decoding_keeps_the_embedding(tmp_path: Path) -> None:
     assert 0.98 < min(cosines[1]) < 0.998
 
 
+@pytest.mark.slow
 def test_heif_is_read_with_the_plugin(tmp_path: Path) -> None:
     """As an iPhone writes it: stored in landscape, shown in portrait."""
     colours = Image.new("RGB", (64, 32))

@@ -123,6 +123,7 @@ def test_large_images_are_resized_in_strips(
     assert torch.equal(expected, CLIPImageProcessorPil()(image, return_tensors="pt")["pixel_values"][0])
 
 
+@pytest.mark.slow
 def test_strips_work_while_python_shuts_down() -> None:
     """At that time no thread can be started."""
     code = (

@@ -156,6 +156,7 @@ def test_invalid_models_are_refused(tiny: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_killed_save_leaves_only_temporary_files(tiny: Path, tmp_path: Path) -> None:
     code = (
         "import os, sys, miniclip, miniclip.saving\n"
