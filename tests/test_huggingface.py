@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 from dataclasses import replace
 from typing import Any
@@ -13,14 +12,12 @@ import torch
 import transformers
 from conftest import TINY, merged
 from data.make_preprocess_goldens import sample_image
+from helpers import INVALID_VALUES
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from miniclip import ConfigError, Preprocess
 from miniclip.config import CLIPConfig, TextConfig, VisionConfig
 from miniclip.huggingface import config_from_dict, config_to_dict, preprocess_from_dict, preprocess_to_dict
-
-NAN, INF = math.nan, math.inf
-
 
 # -- config.json, read ------------------------------------------------------------------------------------------------
 
@@ -157,27 +154,6 @@ def test_unknown_activations_are_refused_by_name(tower: str, activation: str) ->
         config_from_dict({tower: {"hidden_act": activation}})
 
 
-INVALID = [
-    None,
-    "768",
-    "",
-    True,
-    False,
-    -1,
-    0,
-    1.5,
-    768.0,
-    1e300,
-    NAN,
-    INF,
-    [],
-    [1],
-    [1, 2],
-    {},
-    {"a": 1},
-    2**31,
-    10**400,
-]
 HF_SIZES = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
 HF_FIELDS = [
     "projection_dim",
@@ -193,7 +169,7 @@ def with_field(path: str, value: object) -> dict[str, Any]:
 
 @pytest.mark.parametrize("path", HF_FIELDS)
 def test_invalid_sizes_are_refused_by_name(path: str) -> None:
-    for value in INVALID:
+    for value in INVALID_VALUES:
         with pytest.raises(ConfigError) as caught:
             config_from_dict(with_field(path, value))
         assert path in str(caught.value), value
@@ -204,7 +180,7 @@ def test_invalid_sizes_are_refused_by_name(path: str) -> None:
     ("key", "valid"), [("hidden_act", set()), ("layer_norm_eps", {1.5, 768.0, 1e300}), ("eos_token_id", {0})]
 )
 def test_other_invalid_fields_are_refused_by_name(key: str, valid: set[object]) -> None:
-    for value in INVALID:
+    for value in INVALID_VALUES:
         if type(value) in (int, float) and value in valid:
             continue
         with pytest.raises(ConfigError, match=key):
@@ -213,7 +189,7 @@ def test_other_invalid_fields_are_refused_by_name(key: str, valid: set[object]) 
 
 @pytest.mark.parametrize("name", ["vision_config", "text_config", "vision_config_dict", "text_config_dict"])
 def test_invalid_sections_are_refused_by_name(name: str) -> None:
-    for value in INVALID:
+    for value in INVALID_VALUES:
         if value is not None and not isinstance(value, dict):
             with pytest.raises(ConfigError, match=f"{name} must be an object"):
                 config_from_dict({name: value})

@@ -2,40 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
 from conftest import merged
 from data.make_preprocess_goldens import SETTINGS
+from helpers import INVALID_VALUES
 from PIL import Image
 
 from miniclip import ConfigError, Preprocess
 from miniclip.config import CLIPConfig, TextConfig, VisionConfig
 from miniclip.open_clip import config_from_dict, preprocess_from_dict
-
-NAN, INF = math.nan, math.inf
-INVALID = [
-    None,
-    "768",
-    "",
-    True,
-    False,
-    -1,
-    0,
-    1.5,
-    768.0,
-    1e300,
-    NAN,
-    INF,
-    [],
-    [1],
-    [1, 2],
-    {},
-    {"a": 1},
-    2**31,
-    10**400,
-]
 
 OPEN_CLIP: dict[str, Any] = {
     "model_cfg": {
@@ -110,14 +87,14 @@ def test_resnets_are_refused() -> None:
 )
 def test_invalid_sizes_are_refused_by_name(path: str) -> None:
     section, _, key = path.partition(".")
-    for value in INVALID:
+    for value in INVALID_VALUES:
         with pytest.raises(ConfigError) as caught:
             open_clip(**({key: value} if section == "model_cfg" else {section: {key: value}}))
         assert path in str(caught.value), value
 
 
 def test_other_invalid_fields_are_refused_by_name() -> None:
-    for value in INVALID:
+    for value in INVALID_VALUES:
         if not isinstance(value, bool):
             with pytest.raises(ConfigError, match=r"model_cfg\.quick_gelu must be true or false"):
                 open_clip(quick_gelu=value)
