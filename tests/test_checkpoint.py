@@ -125,7 +125,7 @@ def reference_stages(reference: CLIPModel, images: Tensor, ids: Tensor) -> Itera
 
 
 def assert_parity(model: CLIP, reference: CLIPModel) -> None:
-    """Every stage of both towers, to relative 1e-12 of transformers in float64."""
+    """Every stage of both towers equals transformers' in float64, to a relative error of 1e-12."""
     reference = reference.double()
     size = reference.config.vision_config.image_size
     images = torch.randn(2, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -252,7 +252,7 @@ def test_every_number_of_the_file_is_used_once(small: Path, state: dict[str, Ten
 
 
 def open_clip_config(**model_cfg: Any) -> str:
-    """``small``'s, as open_clip writes it."""
+    """The configuration of ``small`` in open_clip's format."""
     vision = {"image_size": 32, "layers": 3, "width": 64, "head_width": 16, "patch_size": 8, "mlp_ratio": 2.5}
     text = {"vocab_size": 100, "width": 48, "heads": 3, "layers": 2, "mlp_ratio": 2.0}
     model = {"embed_dim": 48, "quick_gelu": True, "vision_cfg": vision, "text_cfg": text} | model_cfg
@@ -679,7 +679,7 @@ def test_wrong_header_lengths_are_refused(length: int, folder: Path) -> None:
 
 def test_a_header_above_the_formats_limit_is_refused(folder: Path) -> None:
     file = folder / "model.safetensors"
-    with file.open("r+b") as sparse:  # two gigabytes that take no space
+    with file.open("r+b") as sparse:  # two gigabytes that take no space on the disk
         sparse.write(struct.pack("<Q", 2**31 - 8))
         sparse.truncate(2**31)
     with refused(folder, "the header would have 2147483640 bytes"):

@@ -23,7 +23,7 @@ from miniclip.huggingface import config_from_dict, config_to_dict, preprocess_fr
 
 
 def expected_from(oracle: transformers.CLIPConfig) -> CLIPConfig:
-    """transformers' own reading of a configuration, as ours."""
+    """The configuration as transformers reads it, in miniclip's dataclasses."""
     vision, text = oracle.vision_config, oracle.text_config
     return CLIPConfig(
         embed_dim=oracle.projection_dim,
@@ -63,7 +63,7 @@ FULL: dict[str, Any] = {
         "layer_norm_eps": 1e-6,
         "patch_size": 14,
         "image_size": 100,
-        "projection_dim": 7,  # of the tower used alone; a CLIP's is the one above
+        "projection_dim": 7,  # for the tower alone; a CLIP uses the one above
         "num_channels": 3,
         "attention_dropout": 0.1,
     },
@@ -107,7 +107,7 @@ def test_a_legacy_config_dict_replaces_the_section(seed: int) -> None:
     for tower in ("vision", "text"):
         legacy = choose.choice([None, {}, drop_at_random(FULL[f"{tower}_config"], choose)])
         config[f"{tower}_config_dict"] = legacy
-    oracle = transformers.CLIPConfig(**json.loads(json.dumps(config)))  # it changes its argument
+    oracle = transformers.CLIPConfig(**json.loads(json.dumps(config)))  # a copy: transformers changes it
     assert config_from_dict(config) == expected_from(oracle)
 
 
@@ -292,7 +292,7 @@ BAD_HF_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "crop beyond the edge": ({"size": 200, "crop_size": 224}, "a short side of 200 pixels cannot be cropped to 224"),
     "rescale to -1..1": ({"rescale_factor": 1 / 127.5}, "rescale_factor must be 1/255, got 0.0078"),
     "rescale as text": ({"rescale_factor": "1/255"}, "rescale_factor must be 1/255, got '1/255'"),
-    "rescale that is no number": ({"rescale_factor": float("nan")}, "rescale_factor must be 1/255, got nan"),
+    "rescale by NaN": ({"rescale_factor": float("nan")}, "rescale_factor must be 1/255, got nan"),
     "rescale list": ({"rescale_factor": [1]}, "rescale_factor must be 1/255"),
     "unknown filter": ({"resample": 42}, "unknown resampling 42"),
     "unknown filter name": ({"resample": "best"}, "unknown resampling 'best'"),

@@ -26,7 +26,7 @@ ALL_MODES = MODES + RARE_MODES
 
 
 def crops_differ(size: tuple[int, int]) -> bool:
-    """Whether half-even rounding and floor give different crops of an image that is resized and cropped to 224."""
+    """Whether half-even rounding and floor give different crops, for an image that is resized and cropped to 224."""
     return any((int(224 * side / min(size)) - 224) % 4 == 3 for side in size)
 
 
@@ -225,13 +225,13 @@ BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "mean as text": ({"mean": "0.5"}, "mean must be three numbers"),
     "means as text": ({"mean": ["0.5"] * 3}, "mean must be three finite numbers"),
     "infinite mean": ({"mean": [0.5, float("inf"), 0.5]}, "mean must be three finite numbers"),
-    "mean that is no number": ({"mean": [0.5, 0.5, float("nan")]}, "mean must be three finite numbers"),
+    "mean NaN": ({"mean": [0.5, 0.5, float("nan")]}, "mean must be three finite numbers"),
     "mean beyond float32": ({"mean": [0.5, 1e39, 0.5]}, "mean must be three finite numbers"),
     "mean beyond float64": ({"mean": [0.5, 10**400, 0.5]}, "mean must be three finite numbers"),
     "no mean": ({"mean": None}, "mean must be three numbers"),
     "std 0": ({"std": (1.0, 0.0, 1.0)}, "std must be positive"),
     "negative std": ({"std": (1.0, 1.0, -1.0)}, "std must be positive"),
-    "std that is no number": ({"std": (float("nan"), 1.0, 1.0)}, "std must be three finite numbers"),
+    "std NaN": ({"std": (float("nan"), 1.0, 1.0)}, "std must be three finite numbers"),
     "four stds": ({"std": (1.0, 1.0, 1.0, 1.0)}, "std must be three numbers"),
     "filter by unknown name": ({"resample": "cubic"}, r"unknown resampling 'cubic'; Pillow has 0 \(nearest\)"),
     "filter by unknown number": ({"resample": 77}, "unknown resampling 77"),
