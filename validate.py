@@ -41,6 +41,7 @@ import miniclip
 from miniclip import hub
 from miniclip.model import path_of
 from miniclip.checkpoint import non_finite, open_checkpoint
+from miniclip.huggingface import config_to_dict
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -414,7 +415,7 @@ def seeded_checkpoint(config: miniclip.CLIPConfig, folder: Path, seed: int = 0) 
 
 def hf_config(config: miniclip.CLIPConfig) -> CLIPConfig:
     """An architecture in transformers' words."""
-    return CLIPConfig(**config.to_hf())
+    return CLIPConfig(**config_to_dict(config))
 
 
 def _is_cached(source: hub.Source) -> bool:

@@ -325,7 +325,7 @@ def preprocessing(options: argparse.Namespace, folders: Mapping[str, Path]) -> I
 
 
 def draft_of(path: Path, size: int) -> Image.Image:
-    return miniclip.open_image(path, at_least=size * 3 // 2)
+    return miniclip.open_image(path, min_side=size * 3 // 2)
 
 
 # -- a process of its own ---------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from miniclip import hub
+from miniclip import hub, huggingface, open_clip
 from miniclip.checkpoint import Checkpoint, open_checkpoint, read_json
 from miniclip.config import Heads
 from miniclip.errors import ConfigError, UnknownModelError
@@ -169,7 +169,10 @@ def _preprocess(checkpoint: Checkpoint, size: int) -> Preprocess:
         if not isinstance(config, Mapping):
             raise ConfigError(f"the preprocessing must be an object, got {reprlib.repr(config)}")
         is_open_clip = path.name == "open_clip_config.json"
-        preprocess = Preprocess.from_open_clip(config, size) if is_open_clip else Preprocess.from_hf(config)
+        if is_open_clip:
+            preprocess = open_clip.preprocess_from_dict(config, size)
+        else:
+            preprocess = huggingface.preprocess_from_dict(config)
         if preprocess.size != size:
             raise ConfigError(f"crops images to {preprocess.size} pixels, the model takes {size}")
     except ConfigError as error:

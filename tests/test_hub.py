@@ -31,6 +31,7 @@ from transformers import CLIPModel
 import miniclip
 from miniclip import CheckpointError, CLIPConfig, DownloadError, UnknownModelError, hub
 from miniclip.hub import KnownModel, Source
+from miniclip.huggingface import config_from_dict
 
 REPO = Path(miniclip.__file__).parents[1]
 WEIGHTS = random.Random(0).randbytes(100_000)  # for what never reads them
@@ -339,7 +340,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def tiny_config(tiny: Path) -> CLIPConfig:
-    return CLIPConfig.from_hf(json.loads((tiny / "config.json").read_text()))
+    return config_from_dict(json.loads((tiny / "config.json").read_text()))
 
 
 def test_a_known_model_is_downloaded_with_a_progress_bar_then_found_without_a_request(

@@ -193,7 +193,7 @@ def test_loss_and_every_gradient_equal_transformers(fresh: CLIP, reference64: CL
     loss.backward()
     assert close(loss.detach(), expected.detach())
     grads = {name: parameter.grad for name, parameter in theirs.named_parameters()}
-    from miniclip.checkpoint import HF_TO_OPENAI, TRANSPOSED
+    from miniclip.huggingface import HF_TO_OPENAI, TRANSPOSED
 
     compared = 0
     for name, parameter in fresh.named_parameters():

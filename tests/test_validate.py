@@ -263,7 +263,7 @@ def test_a_folders_own_preprocessing_is_read_by_transformers_itself(
     settings = {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}, "image_mean": [0.4, 0.5, 0.6]}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
     assert validate.main(["--model", str(tmp_path), "--device", "cpu"]) == 0
-    monkeypatch.setattr(miniclip.Preprocess, "from_hf", classmethod(lambda cls, config: cls(32)))
+    monkeypatch.setattr("miniclip.huggingface.preprocess_from_dict", lambda config: miniclip.Preprocess(32))
     assert validate.main(["--model", str(tmp_path), "--device", "cpu"]) == 1
     assert "first drifts at 'pixels (openai)'" in capsys.readouterr().err
 
