@@ -70,8 +70,8 @@ def _openai(embed_dim: int, width: int, layers: int, patch: int, size: int, text
 
 _B32_SHA256 = "99d28a652e6ec46629ab7047a0ac82c69b1fe11e0ce672c43af65d3a9a3fc05d"
 
-#: OpenAI's models by their names in openai/CLIP. Other repositories than OpenAI's own are among the sources, because the
-#: main branches of OpenAI's B/32, B/16 and L/14@336px repositories hold only pickles.
+#: OpenAI's models by their names in openai/CLIP. Some sources are not OpenAI's own repositories, because the main
+#: branches of OpenAI's repositories for B/32, B/16 and L/14@336px hold only pickles.
 KNOWN: dict[str, KnownModel] = {
     "ViT-B/32": KnownModel(
         _openai(512, 768, 12, 32, 224, 512),
