@@ -67,7 +67,9 @@ def load(
         TypeError: if the name is neither a string nor a path.
     """
     if jit:
-        raise ConfigError("jit=True loads openai/CLIP's TorchScript archives, which miniclip does not read")
+        raise ConfigError(
+            "jit=True loads openai/CLIP's TorchScript archives, which miniclip does not read; leave it out"
+        )
     torch_device = _device(device)
     if dtype is None:
         dtype = torch.float16 if torch_device.type == "cuda" else torch.float32

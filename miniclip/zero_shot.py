@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from miniclip.errors import InputError
+from miniclip.errors import InputError, TextTooLongError
 from miniclip.model import CLIP
 from miniclip.preprocess import Preprocess
 from miniclip.tokenizer import tokenize
@@ -72,7 +72,7 @@ class ZeroShotClassifier:
                 raise InputError(f"the template {template!r} has no {{}} for the label")
         prompts = [template.replace("{}", label) for label in self.labels for template in self.templates]
         with torch.no_grad():
-            tokens = tokenize(prompts, model.context_length).to(model.device)
+            tokens = _tokenize_prompts(prompts, model.context_length).to(model.device)
             embeddings = torch.cat([model.encode_text(batch) for batch in tokens.split(_TEXTS_PER_BATCH)])
             embeddings = F.normalize(embeddings, dim=1).view(len(self.labels), len(self.templates), -1)
             self.weights = F.normalize(embeddings.mean(dim=1), dim=1)  # (labels, D)
@@ -92,8 +92,11 @@ class ZeroShotClassifier:
 
         Raises:
             InputError: if the similarities of an image are not finite.
+            TypeError: if something else than PIL images is given.
         """
-        if isinstance(images, Image.Image):
+        if isinstance(images, Tensor):
+            raise TypeError("the classifier takes PIL images, got a tensor; for preprocessed pixels use probabilities")
+        if isinstance(images, Image.Image) or not isinstance(images, Iterable):  # preprocess names what is not an image
             return self([images])[0]
         stream = iter(images)
         answers: list[Answer] = []
@@ -126,6 +129,13 @@ class ZeroShotClassifier:
                     f"infinity, or overflow in {logits.dtype}"
                 )
         return logits.float().softmax(dim=1)
+
+
+def _tokenize_prompts(prompts: list[str], context_length: int) -> Tensor:
+    try:
+        return tokenize(prompts, context_length)
+    except TextTooLongError as error:  # its advice, to pass truncate=True, does not apply here
+        raise TextTooLongError(f"{str(error).rpartition('; ')[0]}; shorten the label or the template") from None
 
 
 def _strings(name: str, values: Sequence[str]) -> tuple[str, ...]:

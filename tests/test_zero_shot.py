@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -140,6 +141,20 @@ def test_bad_labels_and_templates_are_refused(
         ZeroShotClassifier(*loaded, labels, templates)
 
 
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ("a.png", "got str; miniclip.open_image"),
+        (Path("a.png"), r"got \w*Path; miniclip.open_image"),
+        (None, "got NoneType; miniclip.open_image"),
+        (torch.zeros(1, 3, 32, 32), "got a tensor; for preprocessed pixels use probabilities"),
+    ],
+)
+def test_error_says_how_to_get_an_image(loaded: Loaded, images: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        ZeroShotClassifier(*loaded, LABELS)(images)
+
+
 def test_error_names_a_prompt_that_is_too_long(loaded: Loaded) -> None:
-    with pytest.raises(TextTooLongError, match=r"text 1 .* the context holds 77"):
+    with pytest.raises(TextTooLongError, match=r"text 1 .* holds 77; shorten the label or the template$"):
         ZeroShotClassifier(*loaded, ["cat", "cat " * 80])
