@@ -18,7 +18,7 @@ from miniclip.checkpoint import WEIGHTS, pickle_refusal, shard_names
 from miniclip.config import CLIPConfig, TextConfig, VisionConfig
 from miniclip.errors import CheckpointError, DownloadError, UnknownModelError
 
-_OFFLINE_HINT = "; --model demo, or load('demo'), is a small model that is in the package and works offline"
+_OFFLINE_HINT = "; load('demo'), or --model demo, is a small model in the package that works offline"
 
 # How long to wait for an answer. A machine without a network gets its error message after this time.
 _TIMEOUT_SECONDS = 5
@@ -429,6 +429,6 @@ def _reason(error: Exception) -> str:
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     if (status := _status(error)) is not None:
-        hint = "; a private or gated one needs a valid token in HF_TOKEN" if status in (401, 403) else ""
+        hint = "; a private or gated repository needs a valid token in HF_TOKEN" if status in (401, 403) else ""
         return f"HTTP {status}{hint}"
     return textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" …")  # some fill paragraphs

@@ -144,7 +144,7 @@ def _is_repository(text: str) -> bool:
     """Whether a text looks like owner/name. A mistyped OpenAI name or the path of a missing file does not."""
     return (
         re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text) is not None
-        and re.fullmatch(r"ViT-\w+/\d+\w*", text, re.IGNORECASE) is None
+        and re.fullmatch(r"ViT-\w+/\d[\w-]*", text, re.IGNORECASE) is None
         and not text.endswith((".safetensors", ".json", ".bin", ".pt", ".pth"))
     )
 

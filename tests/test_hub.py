@@ -168,7 +168,10 @@ def test_error_names_all_sources_when_all_refuse(server: FakeHub, pinned: Source
         hub.fetch_known(NAME)
     text = one_sentence(caught.value)
     assert f"no source of {NAME} provides its weights: first/source (HTTP 404), second/source (HTTP 503)" in text
-    assert "third/source (HTTP 401; a private or gated one needs a valid token in HF_TOKEN); try again later" in text
+    assert (
+        "third/source (HTTP 401; a private or gated repository needs a valid token in HF_TOKEN); try again later"
+        in text
+    )
     assert left_in(server.cache) == []
 
 

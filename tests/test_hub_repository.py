@@ -242,8 +242,8 @@ def test_error_for_a_gated_repository_asks_for_a_token(server: FakeHub, status: 
     with pytest.raises(DownloadError) as caught:
         miniclip.load("owner/name", "cpu")
     assert one_sentence(caught.value) == (
-        f"owner/name: config.json cannot be downloaded (HTTP {status}; a private or gated one needs a valid token in "
-        "HF_TOKEN)"
+        f"owner/name: config.json cannot be downloaded (HTTP {status}; a private or gated repository needs a "
+        "valid token in HF_TOKEN)"
     )
 
 

@@ -149,6 +149,7 @@ def test_repository_names_are_split_into_name_and_revision(
         "ViT-B/33",
         "vit-b/32",
         "ViT-L/14@448px",
+        "ViT-L/14-336px",
         "ViT-bigG/14",
         "",
         " ",
