@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
-import json
 import os
 import re
 import socket
@@ -41,6 +40,7 @@ from huggingface_hub import constants
 
 import miniclip
 from miniclip import CLIPConfig, DownloadError, hub
+from miniclip.checkpoint import open_checkpoint
 from miniclip.hub import Source
 
 # -- the table ------------------------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def tiny_config(tiny: Path) -> CLIPConfig:
-    return CLIPConfig.from_hf(json.loads((tiny / "config.json").read_text()))
+    return open_checkpoint(tiny).clip_config()
 
 
 def test_known_model_is_downloaded_with_a_progress_bar_then_found_without_a_request(
