@@ -44,7 +44,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         choices=DTYPES,
         metavar="DTYPE",
-        help=f"of {', '.join(DTYPES)} (default: float32, and on CUDA float16 as well)",
+        help=f"one or more of {', '.join(DTYPES)} (default: float32, and on CUDA float16 as well)",
     )
     parser.add_argument("--download", action="store_true", help="fetch OpenAI's weights if they are not in the cache")
     output = parser.add_mutually_exclusive_group()

@@ -106,7 +106,7 @@ def _finite(value: Any) -> Any:
 def to_markdown(reports: Sequence[Report]) -> str:
     """One line on when, where and with which versions; a table of the worst values; then a table per report."""
     gpus = dict.fromkeys(report.device for report in reports if report.device.startswith("cuda"))
-    threads = f"{torch.get_num_threads()} threads"
+    threads = f"threads: {torch.get_num_threads()}"
     processors = [f"{processor_name()} ({threads})", *(torch.cuda.get_device_name(gpu) for gpu in gpus)]
     used = ", ".join(f"{name} {version}" for name, version in versions().items())
     lines = ["## Results", ""]
