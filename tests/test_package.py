@@ -9,12 +9,10 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 from PIL import Image
 
 import miniclip
-import validate
-
-ROOT = Path(validate.__file__).parent
 
 # Each room and the rooms it may import: down only.
 ROOMS = {

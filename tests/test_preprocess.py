@@ -29,8 +29,8 @@ from PIL import ExifTags, Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import miniclip.preprocess
-import validate
 from miniclip import ConfigError, ImageError, InputError, MiniclipError, Preprocess, open_image
+from validation.reference import sample_images
 
 # Written by data/make_preprocess_goldens.py with torchvision.
 GOLDENS = json.loads((Path(__file__).parent / "data" / "preprocess_goldens.json").read_text(encoding="utf-8"))["cases"]
@@ -868,7 +868,7 @@ def test_fast_decoding_keeps_the_embedding(tmp_path: Path) -> None:
     """What open_image's docstring says of one and a half times the size, and of no more than the size."""
     model, preprocess = miniclip.load("demo", "cpu")
     cosines: dict[float, list[float]] = {1.5: [], 1: []}
-    for photo in validate.sample_photos():
+    for photo in sample_images():
         for size in (photo.size, (258, 258), (450, 300), (512, 400), (1600, 1200)):
             photo.resize(size, Image.Resampling.BICUBIC).save(tmp_path / "a.jpg", quality=90)
             exact = model.encode_image(preprocess([open_image(tmp_path / "a.jpg")]))

@@ -11,8 +11,8 @@ from conftest import make_reference
 from PIL import Image
 
 import miniclip
-import validate
 from miniclip import InputError, TextTooLongError, ZeroShotClassifier
+from validation.reference import sample_images
 
 LABELS = ["cat", "rocket", "cup of coffee", "astronaut {in} orbit", "größe"]
 TEMPLATES = ("a photo of a {}.", "the {}", "{} {} {}!")
@@ -27,7 +27,7 @@ def loaded(tiny: Path) -> Loaded:
 
 @pytest.fixture(scope="module")
 def photos() -> list[Image.Image]:
-    return validate.sample_photos()
+    return sample_images()
 
 
 def test_one_template_equals_transformers(loaded: Loaded, photos: list[Image.Image]) -> None:
