@@ -119,7 +119,7 @@ def to_markdown(reports: Sequence[Report]) -> str:
             "dtype",
             "hidden states, relative Δ",
             "embeddings, max abs Δ",
-            "cosine",
+            "smallest cosine",
             "logits, max abs Δ",
             "result",
         ],
