@@ -29,7 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # validate.py makes the checkpoints
+sys.path.insert(0, str(Path(__file__).parent.parent))  # validation/ makes the checkpoints
 
 import numpy as np
 import peers
@@ -41,9 +41,9 @@ from torch import Tensor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import miniclip
-import validate
 from miniclip import embed, fast, hub, sources, store
 from miniclip.tokenizer import Tokenizer
+from validation.reference import reference_tokenizer, sample_images, seeded_checkpoint
 
 ROOT = Path(__file__).parent.parent
 GFLOP = {"ViT-B/32": 8.8, "ViT-B/16": 35.1}  # of one image, as usually counted
@@ -266,7 +266,7 @@ def texts(options: argparse.Namespace, folders: Mapping[str, Path]) -> Iterator[
 
 
 def tokenizer(options: argparse.Namespace, folders: Mapping[str, Path]) -> Iterator[Row]:
-    rust, openai = validate.reference_tokenizer(), peers.openai_tokenizer()
+    rust, openai = reference_tokenizer(), peers.openai_tokenizer()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     batches = [captions(20_000, 20, seed, rare=0.15) for seed in range(100, 100 + options.rounds + 2)]
     for text in batches[0][:1000]:
@@ -288,7 +288,7 @@ def tokenizer(options: argparse.Namespace, folders: Mapping[str, Path]) -> Itera
 
 def photo(width: int, height: int) -> Image.Image:
     """A photograph of this size, with the noise that a camera adds."""
-    picture = validate.sample_photos()[0].resize((width, height), Image.Resampling.BICUBIC)
+    picture = sample_images()[0].resize((width, height), Image.Resampling.BICUBIC)
     noise = Image.effect_noise((width, height), 24).convert("RGB")
     return Image.blend(picture, noise, 0.1)
 
@@ -636,7 +636,7 @@ def main() -> None:
         folders = {}
         for name in GFLOP:
             folders[name] = Path(temporary) / name.replace("/", "-")
-            validate.seeded_checkpoint(hub.KNOWN[name].config, folders[name])
+            seeded_checkpoint(hub.KNOWN[name].config, folders[name])
         for section in options.sections or SECTIONS:
             for row in SECTIONS[section](options, folders):
                 row.section = section

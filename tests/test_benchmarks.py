@@ -14,11 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import ROOT
 from PIL import Image
-
-import validate
-
-ROOT = Path(validate.__file__).parent
 
 
 @pytest.fixture

@@ -24,8 +24,8 @@ from helpers import run_python
 from PIL import ExifTags, Image
 
 import miniclip
-import validate
 from miniclip import ImageError, InputError, MiniclipError, open_image
+from validation.reference import sample_images
 
 # -- opening files --------------------------------------------------------------------------------------------------
 
@@ -427,7 +427,7 @@ def test_fast_decoding_keeps_the_embedding(tmp_path: Path) -> None:
     """The cosines in open_image's docstring, for 1.5 times the image size and for the image size itself."""
     model, preprocess = miniclip.load("demo", "cpu")
     cosines: dict[float, list[float]] = {1.5: [], 1: []}
-    for photo in validate.sample_photos():
+    for photo in sample_images():
         for size in (photo.size, (258, 258), (450, 300), (512, 400), (1600, 1200)):
             photo.resize(size, Image.Resampling.BICUBIC).save(tmp_path / "a.jpg", quality=90)
             exact = model.encode_image(preprocess([open_image(tmp_path / "a.jpg")]))

@@ -23,7 +23,7 @@ from transformers import CLIPTokenizer
 
 import miniclip.tokenizer
 from miniclip import InputError, MiniclipError, TextTooLongError, Tokenizer, tokenize
-from validate import reference_tokenizer
+from validation.reference import reference_tokenizer
 
 # Written by data/make_tokenizer_goldens.py with the tokenizer of the openai-clip package.
 GOLDENS = json.loads(gzip.decompress((Path(__file__).parent / "data" / "tokenizer_goldens.json.gz").read_bytes()))

@@ -19,15 +19,15 @@ import torch
 import torch.nn.functional as F
 import train
 from conftest import make_reference
+from helpers import ROOT
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from transformers import CLIPModel
 
 import miniclip
-import validate
 from miniclip.huggingface import config_from_dict, config_to_dict
 
-EXAMPLES = Path(validate.__file__).parent / "examples"
+EXAMPLES = ROOT / "examples"
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "purple", "orange", "gray")
 SHAPES = ("circle", "square")
