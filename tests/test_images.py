@@ -461,7 +461,7 @@ def test_heif_is_read_with_the_plugin(tmp_path: Path) -> None:
     assert max(green, blue) < 25
     without = "import sys; sys.modules['pillow_heif'] = None\n" + code
     done = run_python("-c", without, path)
-    said = 'photo.heic: is a HEIF image, which needs a plugin: pip install "miniclip[heif]"'
+    said = 'photo.heic: is a HEIF image, which needs a plugin: pip install -c constraints.txt -e ".[heif]"'
     assert done.stderr.strip().endswith(said)
     os.mkfifo(tmp_path / "pipe")
     piping = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(b"not an image" * 8,))
