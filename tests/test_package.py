@@ -30,13 +30,18 @@ ROOMS = {
     "checkpoint": {"config", "errors"},
     "hub": {"checkpoint", "config", "errors"},
     "loading": {"checkpoint", "config", "errors", "hub", "model", "preprocess"},
-    "saving": {"checkpoint", "errors", "model", "preprocess"},
+    "saving": {"checkpoint", "errors", "files", "model", "preprocess"},
     "zero_shot": {"errors", "model", "preprocess", "tokenizer"},
+    "files": set(),
     "sources": {"errors"},
-    "store": {"errors", "sources", "version"},
-    "embed": {"errors", "hub", "loading", "model", "preprocess", "sources", "store"},
-    "search": {"embed", "errors", "loading", "model", "preprocess", "store", "tokenizer"},
-    "cli": {"config", "embed", "errors", "hub", "loading", "preprocess", "search", "version", "zero_shot"},
+    "shard_files": {"errors", "files", "sources"},
+    "manifest": {"errors", "hub", "loading", "model", "preprocess", "version"},
+    "store": {"errors", "manifest", "shard_files", "sources"},
+    "embed": {"errors", "loading", "manifest", "model", "preprocess", "shard_files", "sources", "store"},
+    "search": {"errors", "loading", "manifest", "model", "preprocess", "shard_files", "store", "tokenizer"},
+    "cli": {
+        *("checkpoint", "config", "embed", "errors", "hub", "loading", "preprocess", "search", "version", "zero_shot"),
+    },
     "__main__": {"cli"},
 }
 
