@@ -281,7 +281,9 @@ def test_a_damaged_vector_file_is_noticed(photos: Path, tiny: Path, tmp_path: Pa
             miniclip.embed_images(photos, tmp_path / "out", str(tiny), **settings)  # type: ignore[arg-type]
 
 
-def test_a_damaged_shard_is_restored_as_the_error_says(out: Path, photos: Path, tiny: Path) -> None:
+def test_a_damaged_shard_is_restored_as_the_error_says(photos: Path, tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    miniclip.embed_images(photos, out, str(tiny), batch_size=4, shard_size=7, device="cpu")
     whole = contents(out)
     for path in (out / "img_emb" / "img_emb_2.npy", out / "metadata" / "metadata_2.parquet"):
         for damage in (
