@@ -69,87 +69,96 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="miniclip", description="Images and words in one space: OpenAI's CLIP.")
     parser.add_argument("--version", action="version", version=f"miniclip {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    classify = commands.add_parser(
-        "classify",
-        help="tell which of the labels fits an image",
-        description="Tell which of the labels fits each image, with probabilities.",
+    _add_classify(
+        commands.add_parser(
+            "classify",
+            help="tell which of the labels fits an image",
+            description="Tell which of the labels fits each image, with probabilities.",
+        )
     )
-    classify.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
-    classify.add_argument(
+    _add_embed(
+        commands.add_parser(
+            "embed",
+            help="turn the images of a folder into vectors",
+            description="Embed every image of a source into a folder, in clip-retrieval's layout. Run the same command "
+            "again to continue an interrupted run, or to add new images.",
+        )
+    )
+    _add_search(
+        commands.add_parser(
+            "search",
+            help="find images in a folder of vectors",
+            description="Find the images nearest to a text, to an image, or to both, in a folder that embed made.",
+        )
+    )
+    names = "list the models known by name"
+    commands.add_parser("models", help=names, description=f"{names.capitalize()}.").set_defaults(run=_models)
+    return parser
+
+
+def _add_classify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+    parser.add_argument(
         "--labels",
         nargs="+",
         required=True,
         metavar="LABEL",
         help="the possible answers; each one replaces {} in the template",
     )
-    classify.add_argument(
+    parser.add_argument(
         "--model", default="ViT-B/32", metavar="NAME_OR_PATH", help="name, path or Hub repository (default: ViT-B/32)"
     )
-    classify.add_argument(
+    parser.add_argument(
         "--template",
         nargs="+",
         default=["a photo of a {}."],
         metavar="TEXT",
         help='the text around a label; several templates are averaged (default: "a photo of a {}.")',
     )
-    classify.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:N or mps (default: cuda if available)")
-    classify.add_argument("--dtype", choices=_DTYPES, help="default: float32 on the CPU, float16 on CUDA")
-    classify.add_argument("--json", action="store_true", help="print a list of {image, labels: [{label, probability}]}")
-    classify.set_defaults(run=_classify)
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:N or mps (default: cuda if available)")
+    parser.add_argument("--dtype", choices=_DTYPES, help="default: float32 on the CPU, float16 on CUDA")
+    parser.add_argument("--json", action="store_true", help="print a list of {image, labels: [{label, probability}]}")
+    parser.set_defaults(run=_classify)
 
-    embed = commands.add_parser(
-        "embed",
-        help="turn the images of a folder into vectors",
-        description="Embed every image of a source into a folder, in clip-retrieval's layout. Run the same command "
-        "again to continue an interrupted run, or to add new images.",
-    )
-    embed.add_argument(
+
+def _add_embed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "source",
         metavar="SOURCE",
         help="a folder, a .tar, or a text file of paths (relative paths start at the current folder)",
     )
-    embed.add_argument("--out", required=True, metavar="DIR", help="the folder of the vectors")
-    embed.add_argument("--model", default="ViT-B/32", metavar="NAME_OR_PATH", help="default: ViT-B/32")
-    embed.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:N or mps (default: cuda if available)")
-    embed.add_argument("--dtype", choices=_DTYPES, help="for the computation; vectors are stored in float16")
-    embed.add_argument(
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder of the vectors")
+    parser.add_argument("--model", default="ViT-B/32", metavar="NAME_OR_PATH", help="default: ViT-B/32")
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:N or mps (default: cuda if available)")
+    parser.add_argument("--dtype", choices=_DTYPES, help="for the computation; vectors are stored in float16")
+    parser.add_argument(
         "--batch-size",
         type=int,
         default=32,
         metavar="N",
         help="images that go through the model together (default: 32)",
     )
-    embed.add_argument("--workers", type=int, metavar="N", help="threads that decode (default: one for each core)")
-    embed.add_argument(
+    parser.add_argument("--workers", type=int, metavar="N", help="threads that decode (default: one for each core)")
+    parser.add_argument(
         "--shard-size", type=int, default=10_000, metavar="N", help="images in one shard (default: 10,000)"
     )
-    embed.add_argument(
+    parser.add_argument(
         "--fast-decode", action="store_true", help="decode large JPEGs at a fraction of their size; faster, not exact"
     )
-    embed.add_argument("--quiet", action="store_true", help="print no progress, only errors")
-    embed.set_defaults(run=_embed)
+    parser.add_argument("--quiet", action="store_true", help="print no progress, only errors")
+    parser.set_defaults(run=_embed)
 
-    search = commands.add_parser(
-        "search",
-        help="find images in a folder of vectors",
-        description="Find the images nearest to a text, to an image, or to both, in a folder that embed made.",
-    )
-    search.add_argument("folder", metavar="DIR", help="the folder of the vectors")
-    search.add_argument("text", nargs="?", metavar="TEXT", help='what to look for, such as "a dog in the snow"')
-    search.add_argument("--image", metavar="IMAGE", help="an image to compare with")
-    search.add_argument(
+
+def _add_search(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="the folder of the vectors")
+    parser.add_argument("text", nargs="?", metavar="TEXT", help='what to look for, such as "a dog in the snow"')
+    parser.add_argument("--image", metavar="IMAGE", help="an image to compare with")
+    parser.add_argument(
         "--model", metavar="NAME_OR_PATH", help="where the model of the vectors is now, if it has moved"
     )
-    search.add_argument("-k", type=int, default=10, metavar="N", help="how many images (default: 10)")
-    search.add_argument("--json", action="store_true", help="print a list of {path, score}")
-    search.set_defaults(run=_search)
-
-    models = commands.add_parser(
-        "models", help="list the models known by name", description="List the models known by name."
-    )
-    models.set_defaults(run=_models)
-    return parser
+    parser.add_argument("-k", type=int, default=10, metavar="N", help="how many images (default: 10)")
+    parser.add_argument("--json", action="store_true", help="print a list of {path, score}")
+    parser.set_defaults(run=_search)
 
 
 def _classify(options: argparse.Namespace) -> int:

@@ -307,9 +307,15 @@ def _metadata_table(images: Sequence[ImageSource]) -> Any:
 
 
 def _read_parquet(path: Path, columns: list[str] | None = None) -> Any:
+    """A table, read without threads.
+
+    Starting threads costs more than reading a column. And with ``pre_buffer``, pyarrow starts a thread that may still
+    run when the process exits; on a busy machine, one search in ten then ended with "terminate called without an active
+    exception" and SIGABRT.
+    """
     # Opened here, because pyarrow takes only paths that are valid text.
-    with path.open("rb") as file, import_pyarrow().parquet.ParquetFile(file) as table:
-        return table.read(columns, use_threads=False)  # starting threads costs more than reading a column
+    with path.open("rb") as file, import_pyarrow().parquet.ParquetFile(file, pre_buffer=False) as table:
+        return table.read(columns, use_threads=False)
 
 
 def _as_parquet(table: Any) -> memoryview:

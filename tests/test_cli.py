@@ -97,6 +97,7 @@ def run_in_terminal(*arguments: object, columns: int = 80) -> str:
     return b"".join(parts).decode()
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_bars(tiny: Path, photo: Path) -> None:
     out = run_in_terminal("classify", photo, *LABELS, "--model", tiny)
     heading, *rows = out.splitlines()
@@ -164,6 +165,7 @@ def test_a_reader_that_stops_early_causes_no_error(tiny: Path, photo: Path) -> N
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_letters_outside_the_encoding_are_escaped(tiny: Path, photo: Path, encoding: str) -> None:
     command = [*MINICLIP, "classify", str(photo), "--labels", "кошка", "🐱", "--model", str(tiny)]
@@ -172,6 +174,7 @@ def test_letters_outside_the_encoding_are_escaped(tiny: Path, photo: Path, encod
     assert b"\\u043a\\u043e" in done.stdout
 
 
+@pytest.mark.slow
 def test_unwritable_output_is_one_sentence() -> None:
     for redirection, status in ((">/dev/full", 1), (">&-", 0)):
         command = f"{sys.executable} -m miniclip models {redirection}"
@@ -188,6 +191,7 @@ def test_output_is_complete_when_stderr_is_closed(tiny: Path, photo: Path) -> No
     assert len(json.loads(done.stdout)) == 2
 
 
+@pytest.mark.slow
 def test_file_names_that_are_not_text_can_be_printed(tiny: Path, photo: Path, tmp_path: Path) -> None:
     odd = os.fsencode(tmp_path) + b"/odd\xff.png"
     Path(os.fsdecode(odd)).write_bytes(photo.read_bytes())
@@ -208,6 +212,7 @@ def photos(tmp_path: Path) -> Path:
     return make_photos(tmp_path / "photos")
 
 
+@pytest.mark.slow
 def test_embed_then_search(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = run_cli("embed", photos, "--out", out, "--model", "demo", "--fast-decode")
@@ -225,6 +230,7 @@ def test_embed_then_search(photos: Path, tmp_path: Path) -> None:
     assert done.stdout.splitlines()[0].split("\t")[0] == str(photos / "b" / "01.png")
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_a_progress_bar_and_ranks(photos: Path, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     bar = run_in_terminal("embed", photos, "--out", out, "--model", tiny, "--device", "cpu", columns=200)
@@ -237,6 +243,7 @@ def test_a_terminal_shows_a_progress_bar_and_ranks(photos: Path, tiny: Path, tmp
     assert all(line.split()[2].startswith(str(photos)) for line in ranks)
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_does_not_change_the_exit_status_of_embed(photos: Path, tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.jpg").write_bytes(b"broken")

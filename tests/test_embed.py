@@ -60,6 +60,7 @@ def test_good_images_are_embedded_and_bad_files_are_listed(photos: Path, tiny: P
     assert {"preprocess", "dtype", "versions", "batch_size"} <= manifest.keys()
 
 
+@pytest.mark.slow
 def test_a_killed_and_resumed_run_leaves_the_same_bytes(photos: Path, tiny: Path, tmp_path: Path) -> None:
     arguments = ["embed", photos, "--model", tiny, "--batch-size", "4", "--shard-size", "5", "--device", "cpu", "--out"]
     assert run_cli(*arguments, tmp_path / "whole").returncode == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -48,18 +49,21 @@ def test_a_failed_replacement_leaves_the_old_files(
     first, second = tmp_path / "first", tmp_path / "second"
     atomic_write(first, b"old")
 
-    def fail(_: int) -> None:
+    def fail(*_: object) -> None:
         raise error
 
-    with pytest.raises(type(error)), atomic_replace(first, second) as temporaries:
-        for temporary in temporaries:
-            temporary.write_bytes(b"new")
-        raise error
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", fail)
-        with pytest.raises(type(error)), atomic_replace(first, second) as temporaries:
+    def replace(last_step: Callable[[], None]) -> None:
+        with atomic_replace(first, second) as temporaries:
             for temporary in temporaries:
                 temporary.write_bytes(b"new")
+            last_step()
+
+    with pytest.raises(type(error)):
+        replace(fail)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fail)
+        with pytest.raises(type(error)):
+            replace(lambda: None)
     assert first.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [first]
 

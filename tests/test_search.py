@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from embedding import make_photos
-from helpers import ROOT, make_image, run_cli
+from helpers import ROOT, make_image, run_cli, run_python, run_script
 from PIL import Image
 
 import miniclip
@@ -140,6 +138,7 @@ def test_equal_vectors_get_equal_scores_in_every_position(rows: int, tiny: Path,
     assert len({match.score for match in found}) == 1
 
 
+@pytest.mark.slow
 def test_many_shards_need_no_open_files(tiny: Path, tmp_path: Path) -> None:
     randoms = torch.Generator().manual_seed(0)
     vectors = F.normalize(torch.randn(300, 48, generator=randoms), dim=1).half()
@@ -148,9 +147,7 @@ def test_many_shards_need_no_open_files(tiny: Path, tmp_path: Path) -> None:
     code += "few = len(os.listdir('/proc/self/fd')) + 12; resource.setrlimit(resource.RLIMIT_NOFILE, (few, few))\n"
     code += "index = miniclip.Index.open(sys.argv[1])\n"
     code += "print(len(index), index.nearest(torch.from_numpy(next(index.vectors())[0]), 1)[0].path)"
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    done = run_python("-c", code, tmp_path)
     assert done.stdout == "300 000000\n", done.stderr
 
 
@@ -166,10 +163,10 @@ def test_groups_are_connected_components(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(near_duplicates, "ROWS", 50)
     randoms = torch.Generator().manual_seed(0)
     vectors = F.normalize(torch.randn(170, 6, generator=randoms), dim=1).half()
-    for at_least in (0.999, 0.95, 0.9, 0.8, -1):
+    for threshold in (0.999, 0.95, 0.9, 0.8, -1):
         pieces = near_duplicates.blocks([vectors[:120].numpy(), vectors[120:].numpy()])
-        found = near_duplicates.groups(170, near_duplicates.near_pairs(pieces, at_least))
-        near = coo_matrix((vectors.float() @ vectors.float().T >= at_least).numpy())
+        found = near_duplicates.groups(170, near_duplicates.near_pairs(pieces, threshold))
+        near = coo_matrix((vectors.float() @ vectors.float().T >= threshold).numpy())
         _, labels = connected_components(near, directed=False)
         expected = [np.flatnonzero(labels == label).tolist() for label in np.unique(labels)]
         assert sorted(found) == sorted(group for group in expected if len(group) > 1)
@@ -177,6 +174,7 @@ def test_groups_are_connected_components(monkeypatch: pytest.MonkeyPatch) -> Non
         sys.modules.pop(name)
 
 
+@pytest.mark.slow
 def test_near_duplicates_are_grouped(tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     for n in range(6):
@@ -186,13 +184,11 @@ def test_near_duplicates_are_grouped(tiny: Path, tmp_path: Path) -> None:
         opened.save(folder / "4_again.jpg", quality=95)
     (folder / "1_copy.png").write_bytes((folder / "1.png").read_bytes())
     miniclip.embed_images(folder, tmp_path / "out", str(tiny), shard_size=4, device="cpu")
-    command = [sys.executable, str(ROOT / "examples" / "near_duplicates.py"), str(tmp_path / "out"), "--at-least"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, "0.99"], capture_output=True, text=True, check=False, env=env)
+    done = run_script("examples/near_duplicates.py", tmp_path / "out", "--at-least", "0.99")
     assert done.returncode == 0, done.stderr
     expected = ["group 1", *(f"  {folder}/{name}" for name in ("4.png", "4_again.jpg", "4_small.png"))]
     expected += ["group 2", *(f"  {folder}/{name}" for name in ("1.png", "1_copy.png"))]
     assert done.stdout.splitlines() == [*expected, "9 images, 2 groups: 3 near-duplicates"]
-    done = subprocess.run([*command, "2"], capture_output=True, text=True, check=False, env=env)
+    done = run_script("examples/near_duplicates.py", tmp_path / "out", "--at-least", "2")
     assert done.returncode == 2
     assert "--at-least must be from -1 to 1, got 2.0" in done.stderr

@@ -48,12 +48,12 @@ def test_a_damaged_tar_is_reported(tmp_path: Path) -> None:
     odd = [{"GNU.sparse.map": "a,b"}, {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}, {"size": "9" * 23}]
     for content in [*cut, *damaged, *(archive(**pax) for pax in odd)]:
         (tmp_path / "cut.tar").write_bytes(content)
-        items = sources.list_images(tmp_path / "cut.tar")[0]
-        told = any("the tar cannot be read to its end" in (item.error or "") for item in items)
-        assert told or len(content) > zeros
-        assert len(items) > told or content[:512] != whole[:512] or len(content) < 1024
+        images = sources.list_images(tmp_path / "cut.tar")[0]
+        reported = any("the tar cannot be read to its end" in (image.error or "") for image in images)
+        assert reported or len(content) > zeros
+        assert len(images) > reported or content[:512] != whole[:512] or len(content) < 1024
     (tmp_path / "cut.tar").write_bytes(whole)
-    assert [item.error for item in sources.list_images(tmp_path / "cut.tar")[0]] == [None] * 4
+    assert [image.error for image in sources.list_images(tmp_path / "cut.tar")[0]] == [None] * 4
 
 
 def test_links_in_a_tar_are_resolved(tiny: Path, tmp_path: Path) -> None:
@@ -73,6 +73,7 @@ def test_links_in_a_tar_are_resolved(tiny: Path, tmp_path: Path) -> None:
     assert np.abs(vectors - vectors[0]).max() < 1e-3
 
 
+@pytest.mark.slow
 def test_late_times_deep_folders_and_dotdot_paths_work(tiny: Path, tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     make_image(photos / "future.png", 1)
@@ -93,55 +94,68 @@ def test_late_times_deep_folders_and_dotdot_paths_work(tiny: Path, tmp_path: Pat
         for _ in range(2):
             done = miniclip.embed_images(photos, tmp_path / "out", str(tiny), device="cpu")
             assert (done.failed, done.total) == (0, 2)
-        (item,) = sources.list_images(photos / "list")[0]
-        assert os.path.samefile(item.path, tmp_path / "real" / "y.png")
+        (image,) = sources.list_images(photos / "list")[0]
+        assert os.path.samefile(image.path, tmp_path / "real" / "y.png")
     finally:
         subprocess.run(["rm", "-r", photos / "d"], check=True)  # too deep for Python, and so for pytest
 
 
-def test_sources(photos: Path, tiny: Path, tmp_path: Path) -> None:
-    tar = tmp_path / "00000.tar"
-    with tarfile.open(tar, "w") as archive:
+@pytest.fixture
+def tar(photos: Path, tmp_path: Path) -> Path:
+    """A tar as img2dataset writes it: four samples of an image, a caption and a JSON file. Image 2 is broken."""
+    path = tmp_path / "00000.tar"
+    with tarfile.open(path, "w") as archive:
         for n in range(4):
-            data = {
+            sample = {
                 f"{n:05}.jpg": (photos / "a" / "00.jpg").read_bytes() if n != 2 else b"broken",
                 f"{n:05}.txt": f"caption {n}".encode(),
                 f"{n:05}.json": b"{}",
             }
-            for name, content in data.items():
+            for name, content in sample.items():
                 info = tarfile.TarInfo(name)
                 info.size = len(content)
                 archive.addfile(info, io.BytesIO(content))
-    done = miniclip.embed_images(tar, tmp_path / "from_tar", str(tiny), device="cpu")
+    return path
+
+
+def test_a_tar_gives_images_keys_and_captions(tar: Path, tiny: Path, tmp_path: Path) -> None:
+    done = miniclip.embed_images(tar, tmp_path / "out", str(tiny), device="cpu")
     assert (done.embedded, done.failed) == (3, 1)
-    table = pq.read_table(tmp_path / "from_tar" / "metadata" / "metadata_0.parquet").to_pydict()
+    table = pq.read_table(tmp_path / "out" / "metadata" / "metadata_0.parquet").to_pydict()
     assert table["key"] == ["00000", "00001", "00003"]
     assert table["caption"] == ["caption 0", "caption 1", "caption 3"]
     assert table["image_path"][0] == f"{tar}/00000.jpg"
-    same = np.load(tmp_path / "from_tar" / "img_emb" / "img_emb_0.npy")
 
-    # As a Windows editor saves it, with a path twice, a tar among the images, and a name that ends in a space.
+
+def test_a_list_names_images_and_tars(photos: Path, tar: Path, tiny: Path, tmp_path: Path) -> None:
+    """As a Windows editor saves it, with a path twice, a tar among the images, and a name that ends in a space."""
     make_image(tmp_path / "spaced.png", 5)
     spaced = (tmp_path / "spaced.png").rename(tmp_path / "spaced.png ")
     lines = ["", f"{photos}/a/00.jpg", "  ", f"{photos}/a/00.jpg", f"{photos}/missing.jpg", str(tar), str(spaced)]
     (tmp_path / "list.txt").write_bytes("\r\n".join(["\ufeff" + lines[1], *lines]).encode())
-    done = miniclip.embed_images(tmp_path / "list.txt", tmp_path / "from_list", str(tiny), device="cpu")
+    done = miniclip.embed_images(tmp_path / "list.txt", tmp_path / "out", str(tiny), device="cpu")
     assert (done.embedded, done.failed) == (5, 2)
-    table = pq.read_table(tmp_path / "from_list" / "metadata" / "metadata_0.parquet").to_pydict()
+    table = pq.read_table(tmp_path / "out" / "metadata" / "metadata_0.parquet").to_pydict()
     assert table["caption"] == ["caption 0", "caption 1", "caption 3", None, None]
     assert table["image_path"][3:] == [f"{photos}/a/00.jpg", str(spaced)]
-    vectors = np.load(tmp_path / "from_list" / "img_emb" / "img_emb_0.npy")
-    assert np.abs(vectors[[0, 1, 2, 3]].astype(float) - same[[0, 1, 2, 0]]).max() < 1e-3
+    vectors = np.load(tmp_path / "out" / "img_emb" / "img_emb_0.npy").astype(float)
+    miniclip.embed_images(tar, tmp_path / "from_tar", str(tiny), device="cpu")
+    same = np.load(tmp_path / "from_tar" / "img_emb" / "img_emb_0.npy")
+    assert np.abs(vectors[[0, 1, 2, 3]] - same[[0, 1, 2, 0]]).max() < 1e-3
 
+
+def test_a_cut_tar_fails_in_part(tar: Path, tiny: Path, tmp_path: Path) -> None:
     tar.write_bytes(tar.read_bytes()[:2500])
-    done = miniclip.embed_images(tar, tmp_path / "from_cut", str(tiny), device="cpu")
-    assert done.failed >= 1
+    assert miniclip.embed_images(tar, tmp_path / "out", str(tiny), device="cpu").failed >= 1
+
+
+def test_sources_without_images_are_refused(photos: Path, tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(miniclip.InputError, match=r"^\S+01\.png is not a folder, not a \.tar, and not a text file"):
         miniclip.embed_images(photos / "b" / "01.png", tmp_path / "never", str(tiny))
-    for source in (tmp_path / "nowhere", tmp_path / "out_of_nothing"):
-        (tmp_path / "out_of_nothing").mkdir(exist_ok=True)
-        with pytest.raises(miniclip.InputError):
-            miniclip.embed_images(source, tmp_path / "never", str(tiny))
+    (tmp_path / "empty").mkdir()
+    for source, reason in (("nowhere", "cannot be read"), ("nowhere.tar", "cannot be read"), ("empty", "no images")):
+        with pytest.raises(miniclip.InputError, match=reason):
+            miniclip.embed_images(tmp_path / source, tmp_path / "never", str(tiny))
     assert not (tmp_path / "never").exists()
 
 

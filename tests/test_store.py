@@ -6,8 +6,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from embedding import BROKEN, complete_shards, contents, make_photos
 from embedding_reader import EmbeddingReader
-from helpers import ROOT, make_image, run_cli
+from helpers import make_image, run_cli, run_python
 from PIL import Image
 
 import miniclip
 from miniclip.errors import StorageError
-from miniclip.shard_files import Shard, ShardFiles
-from miniclip.store import EmbeddingStore
+from miniclip.shard_files import Failure, Shard, ShardFiles
+from miniclip.sources import ImageSource
+from miniclip.store import EmbeddingStore, is_worth_retrying
 
 
 @pytest.fixture
@@ -174,6 +173,7 @@ def test_other_weights_are_refused(photos: Path, tiny: Path, tmp_path: Path) -> 
         miniclip.Index.open(out).search("a cat")
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_folder_is_refused(photos: Path, tiny: Path, tmp_path: Path) -> None:
     with EmbeddingStore(tmp_path / "out").lock():
         done = run_cli("embed", photos, "--model", tiny, "--out", tmp_path / "out")
@@ -207,19 +207,17 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(
     assert contents(out) == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_file_over_the_size_limit_is_named(photos: Path, tiny: Path, tmp_path: Path) -> None:
     code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); from miniclip import cli\n"
     code += "sys.exit(cli.main(sys.argv[1:]))"
-    arguments = ["embed", str(photos), "--out", str(tmp_path / "out"), "--model", str(tiny), "--device", "cpu"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    whole = run_cli(*arguments[:2], *arguments[2:3], tmp_path / "whole", *arguments[4:])
-    assert whole.returncode == 0
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=300)
+    arguments = ["embed", photos, "--model", tiny, "--device", "cpu", "--out"]
+    assert run_cli(*arguments, tmp_path / "whole").returncode == 0
+    done = run_python("-c", code, *arguments, tmp_path / "out")
     assert done.returncode == 1
     assert "cannot be written (File too large); the shards written before are complete" in done.stderr
     assert "Traceback" not in done.stderr
-    assert run_cli(*arguments).returncode == 0
+    assert run_cli(*arguments, tmp_path / "out").returncode == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
@@ -234,7 +232,7 @@ def test_a_shard_without_vectors_has_no_vector_file(photos: Path, tiny: Path, tm
         for kind in ("img_emb", "metadata", "failures")
     }
     assert names["img_emb"] == names["metadata"] < names["failures"] == set(map(str, range(16)))
-    # What autofaiss and clip-retrieval index read such a folder with.
+    # autofaiss and clip-retrieval index read such a folder with this package.
     folders = {"embeddings_folder": str(tmp_path / "out/img_emb"), "metadata_folder": str(tmp_path / "out/metadata")}
     reader = EmbeddingReader(file_format="parquet_npy", meta_columns=["image_path"], **folders)
     assert (reader.count, reader.dimension) == (23, 48)
@@ -255,7 +253,7 @@ def test_a_shard_that_lost_its_images_leaves_no_vectors(tiny: Path, tmp_path: Pa
     for n in range(4):
         make_image(photos / f"{n}.png", n)
     miniclip.embed_images(photos, out, str(tiny), shard_size=2, device="cpu")
-    (out / "failures" / "failures_1.jsonl").unlink()  # as if killed before it was written
+    (out / "failures" / "failures_1.jsonl").unlink()  # as if the run was killed before it wrote this file
     for n in (2, 3):
         (photos / f"{n}.png").rename(tmp_path / f"{n}.png")
     done = miniclip.embed_images(photos, out, str(tiny), shard_size=2, device="cpu")
@@ -299,3 +297,53 @@ def test_a_damaged_shard_is_restored_as_the_error_says(photos: Path, tiny: Path,
             done = miniclip.embed_images(photos, out, str(tiny), batch_size=4, shard_size=7, device="cpu")
             assert done.shards == 1
             assert contents(out) == whole
+
+
+def test_a_damaged_listing_or_failures_file_is_named(photos: Path, tiny: Path, tmp_path: Path) -> None:
+    miniclip.embed_images(photos, tmp_path / "out", str(tiny), shard_size=10, device="cpu")
+    files = EmbeddingStore(tmp_path / "out").shard(1)
+    for path, damage, advice in (
+        (files.failures_path, b"not JSON", "remove .*failures_1"),
+        (files.failures_path, b"[]", "remove .*failures_1"),
+        (files.failures_path, b'{"path": "a"}', "remove .*failures_1"),
+        (files.listing_path, b"not Parquet", "embed into another folder"),
+    ):
+        path.write_bytes(damage)
+        with pytest.raises(miniclip.ConfigError, match=rf"{path.name} is damaged \(.*\): {advice}"):
+            miniclip.embed_images(photos, tmp_path / "out", str(tiny), shard_size=10, device="cpu")
+
+
+def test_shards_are_planned_pending_and_complete(tmp_path: Path) -> None:
+    store = EmbeddingStore(tmp_path)
+    assert store.planned() == store.complete() == store.pending() == []
+    images = [ImageSource(f"{n}.png", n, n, caption=None if n else "zero") for n in range(23)]
+    store.plan(images, 2)
+    assert [files.number for files in store.pending()] == [*range(12)]  # in the order of numbers, not of names
+    assert [image for files in store.planned() for image in files.read_listing()] == images
+    store.shard(10).write(Shard(np.zeros((1, 4), np.float16), [1], {0: Failure("broken", retry=True)}))
+    assert store.complete() == [store.shard(10)]
+    assert store.shard(10) not in store.pending()
+    assert store.shard(10).read_failures() == {0: Failure("broken", retry=True)}
+    assert (store.shard(10).count_images(), store.shard(10).count_vectors()) == (2, 1)
+    assert store.shard(10).read_paths(1).to_pylist() == ["21.png"]
+
+
+def test_reading_tables_starts_no_thread(tmp_path: Path) -> None:
+    """A thread of pyarrow that runs when the process exits may abort it (see ``_read_parquet``)."""
+    files = EmbeddingStore(tmp_path).shard(0)
+    files.write_listing([ImageSource("a.png", 1, 1)])
+    files.write(Shard(np.zeros((1, 4), np.float16), [0], {}))
+    code = "import os, pathlib, sys, pyarrow.parquet\n"
+    code += "from miniclip.shard_files import ShardFiles\n"
+    code += "before = len(os.listdir('/proc/self/task')); files = ShardFiles(pathlib.Path(sys.argv[1]), 0)\n"
+    code += "files.read_listing(), files.read_paths(1), files.count_images()\n"
+    code += "print(len(os.listdir('/proc/self/task')) - before)"
+    done = run_python("-c", code, tmp_path)
+    assert done.stdout == "0\n", done.stderr
+
+
+@pytest.mark.parametrize(("attempts", "worth_it"), [(1, True), (9, True), (10, False)])
+def test_only_readable_files_are_worth_ten_attempts(attempts: int, worth_it: bool, tmp_path: Path) -> None:
+    make_image(tmp_path / "a.png")
+    assert is_worth_retrying(ImageSource(str(tmp_path / "a.png"), 1, 1), attempts) == worth_it
+    assert not is_worth_retrying(ImageSource(str(tmp_path / "missing.png"), 1, 1), attempts)
