@@ -310,8 +310,8 @@ def _read_parquet(path: Path, columns: list[str] | None = None) -> Any:
     """A table, read without threads.
 
     Starting threads costs more than reading a column. And with ``pre_buffer``, pyarrow starts a thread that may still
-    run when the process exits; on a busy machine, one search in ten then ended with "terminate called without an active
-    exception" and SIGABRT.
+    run when the process exits. On a busy machine some searches then ended in SIGABRT, after their output was complete,
+    with "terminate called without an active exception".
     """
     # Opened here, because pyarrow takes only paths that are valid text.
     with path.open("rb") as file, import_pyarrow().parquet.ParquetFile(file, pre_buffer=False) as table:
