@@ -22,7 +22,7 @@ from helpers import ROOT, make_image, run_cli
 
 import miniclip
 from miniclip import embed, sources
-from miniclip.shard_files import Shard, ShardFiles
+from miniclip.shard_files import Failure, Shard, ShardFiles
 from miniclip.store import EmbeddingStore
 
 
@@ -175,6 +175,17 @@ def test_a_file_that_changes_during_a_run_is_embedded_once(
     assert not {"00.jpg", "dangling.png"} & set(failures)  # both are embedded now
     assert len(failures) == 7
     assert len(set(paths)) == 23
+
+
+def test_a_file_of_the_same_size_and_another_time_has_changed(tmp_path: Path) -> None:
+    make_image(tmp_path / "a.png")
+    listed = sources.stat_image(str(tmp_path / "a.png"))
+    assert not isinstance(embed.decode(listed, miniclip.Preprocess(), None), Failure)
+    os.utime(tmp_path / "a.png", ns=(0, listed.mtime_ns + 1))
+    changed = embed.decode(listed, miniclip.Preprocess(), None)
+    assert isinstance(changed, Failure)
+    assert "has changed since it was listed" in changed.error
+    assert not changed.retry
 
 
 def test_the_number_of_workers_does_not_change_the_bytes(photos: Path, tiny: Path, tmp_path: Path) -> None:

@@ -347,3 +347,24 @@ def test_only_readable_files_are_worth_ten_attempts(attempts: int, worth_it: boo
     make_image(tmp_path / "a.png")
     assert is_worth_retrying(ImageSource(str(tmp_path / "a.png"), 1, 1), attempts) == worth_it
     assert not is_worth_retrying(ImageSource(str(tmp_path / "missing.png"), 1, 1), attempts)
+
+
+def test_complete_shards_without_a_listing_are_refused(tmp_path: Path) -> None:
+    store = EmbeddingStore(tmp_path)
+    store.open_run({"batch_size": 4})
+    store.plan([ImageSource(f"{n}.png", 1, 1) for n in range(4)], 2)
+    for files in store.pending():
+        files.write(Shard(np.zeros((2, 4), np.float16), [0, 1], {}))
+    store.open_run({"batch_size": 4})
+    store.shard(1).listing_path.unlink()
+    with pytest.raises(miniclip.ConfigError, match=r"contains vectors but no listing_1\.parquet"):
+        store.open_run({"batch_size": 4})
+
+
+def test_a_file_of_the_same_size_and_another_time_is_new(tmp_path: Path) -> None:
+    store = EmbeddingStore(tmp_path)
+    store.plan([ImageSource("a.png", 1, 1)], 2)
+    store.plan([ImageSource("a.png", 1, 1)], 2)
+    assert len(store.planned()) == 1
+    store.plan([ImageSource("a.png", 1, 2)], 2)
+    assert [image.mtime_ns for files in store.planned() for image in files.read_listing()] == [1, 2]
