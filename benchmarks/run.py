@@ -41,7 +41,8 @@ from torch import Tensor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import miniclip
-from miniclip import embed, fast, hub, sources, store
+import validate
+from miniclip import embed, fast, hub, manifest, shard_files, sources, store
 from miniclip.tokenizer import Tokenizer
 from validation.reference import reference_tokenizer, sample_images, seeded_checkpoint
 
@@ -391,7 +392,7 @@ def folder(options: argparse.Namespace, folders: Mapping[str, Path]) -> Iterator
         else:
             os.link(photos / f"{n % different:06}.jpg", path)
     model, preprocess = miniclip.load(place, "cpu")
-    items = sources.list_items(photos)[0][:BATCH]
+    items = sources.list_images(photos)[0][:BATCH]
     decoded = [embed.decode(item, preprocess, None) for item in items]
     pixels = [crop for crop in decoded if isinstance(crop, np.ndarray)]
     assert len(pixels) == len(items)
@@ -449,17 +450,17 @@ print(most - before, statistics.median(times))
 def search(options: argparse.Namespace, folders: Mapping[str, Path]) -> Iterator[Row]:
     """Exact search over vectors on disk, beside numpy on the same files and on a matrix in memory, twice as large."""
     place = folders["ViT-B/32"]
-    millions = store.Store(place / "million")
+    millions = store.EmbeddingStore(place / "million")
     settings = {"batch_size": BATCH, "shard_size": min(10_000, options.vectors), "fast_decode": False}
     model, preprocess = miniclip.load(place, "cpu")
-    millions.begin(embed.settings_of(place, model, preprocess, **settings))
+    millions.open_run(manifest.run_settings(place, model, preprocess, **settings))
     width = model.config.embed_dim
     randoms = torch.Generator().manual_seed(0)
-    millions.plan([sources.Item(f"{n:07}.jpg", 0, 0) for n in range(options.vectors)], settings["shard_size"])
-    for number in millions.planned():
-        items = millions.items(number)
+    millions.plan([sources.ImageSource(f"{n:07}.jpg", 0, 0) for n in range(options.vectors)], settings["shard_size"])
+    for shard in millions.planned():
+        items = shard.read_listing()
         vectors = F.normalize(torch.randn(len(items), width, generator=randoms), dim=1).half().numpy()
-        millions.write_shard(number, store.Shard(vectors, [*range(len(items))], {}))
+        shard.write(shard_files.Shard(vectors, [*range(len(items))], {}))
     index = miniclip.Index.open(millions.folder)
     assert len(index) == options.vectors
     query = F.normalize(torch.randn(width, generator=randoms), dim=0)

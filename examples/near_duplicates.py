@@ -1,14 +1,14 @@
-"""List groups of near-identical pictures in a folder that ``miniclip embed`` made.
+"""List groups of near-identical images in a folder that ``miniclip embed`` made.
 
     miniclip embed photos --out vectors
     python examples/near_duplicates.py vectors
     python examples/near_duplicates.py vectors --at-least 0.99
 
-Two pictures are near-identical when the cosine of their vectors is at least the threshold; a group is whatever hangs
-together by such pairs, so its ends may lie further apart. Which threshold is right depends on the model and on what
-shall count as the same: look at the groups before deleting anything. (1 is too much to ask: in float16 the product of
-a vector with itself may be 0.9997.) Every pair is compared, block by block, so time grows with the square of the number
-of pictures.
+Two images are near-identical when the cosine of their vectors is at least the threshold. A group contains all images
+that are connected by such pairs, so two images of a group may be less similar. The right threshold depends on the model
+and on what you call identical: look at the groups before you delete anything. Do not use 1: because of float16 rounding
+an image may score 0.9997 against itself. Every pair is compared, so the time grows with the square of the number of
+images.
 """
 
 import argparse
@@ -26,54 +26,55 @@ ROWS = 2048
 
 
 def blocks(parts: Iterable[np.ndarray]) -> list[tuple[int, torch.Tensor]]:
-    """The vectors in pieces, each with the row it begins at. Pieces of a file are read when they are compared."""
-    found, start = [], 0
+    """Split the vectors into blocks of at most ``ROWS``, each with its first row. Nothing is read from the disk yet."""
+    result, start = [], 0
     for part in parts:
-        for piece in torch.from_numpy(part).split(ROWS):
-            found.append((start, piece))
-            start += len(piece)
-    return found
+        for block in torch.from_numpy(part).split(ROWS):
+            result.append((start, block))
+            start += len(block)
+    return result
 
 
-def near_pairs(pieces: list[tuple[int, torch.Tensor]], at_least: float) -> Iterator[np.ndarray]:
-    """The pairs (2, N) of rows whose cosine reaches the threshold, of two pieces at a time."""
-    todo = combinations_with_replacement(pieces, 2)
+def near_pairs(pieces: list[tuple[int, torch.Tensor]], threshold: float) -> Iterator[np.ndarray]:
+    """For every two blocks the pairs of rows, (2, N), whose cosine is at least the threshold."""
+    block_pairs = combinations_with_replacement(pieces, 2)
     count = len(pieces) * (len(pieces) + 1) // 2
-    for (i, left), (j, right) in tqdm(todo, total=count, unit=" blocks", disable=count < 10 or None):
-        near = left.float() @ right.float().T >= at_least
+    for (i, left), (j, right) in tqdm(block_pairs, total=count, unit=" blocks", disable=count < 10 or None):
+        near = left.float() @ right.float().T >= threshold
         if i == j:
-            near.triu_(diagonal=1)
+            near.triu_(diagonal=1)  # each pair once, and no row with itself
         yield near.nonzero().T.numpy() + np.array([[i], [j]])
 
 
 def groups(count: int, pairs: Iterable[np.ndarray]) -> list[list[int]]:
-    """What hangs together by the pairs, the largest group first; alone, nothing is a group."""
-    parent = np.arange(count)  # of each row, another of its group that is not behind it; itself for the first
+    """The connected components of ``count`` rows with two or more members, the largest first (union-find)."""
+    parent = np.arange(count)  # of each row a row of its group with a lower or equal number; itself for the lowest
 
-    def first(rows: np.ndarray) -> np.ndarray:
+    def find_roots(rows: np.ndarray) -> np.ndarray:
         while not np.array_equal(above := parent[rows], rows):
             rows = above
         return rows
 
-    for some in pairs:
-        ends = first(some)
-        while (apart := ends[0] != ends[1]).any():
-            ends = np.sort(ends[:, apart], axis=0)
-            np.minimum.at(parent, ends[1], ends[0])  # of several, the first; others are still apart in the next turn
-            ends = first(ends)
-    parent = first(parent)
+    for edges in pairs:
+        roots = find_roots(edges)
+        while (separate := roots[0] != roots[1]).any():
+            roots = np.sort(roots[:, separate], axis=0)
+            # Of several new parents of a row, the lowest wins. The other pairs are still separate in the next round.
+            np.minimum.at(parent, roots[1], roots[0])
+            roots = find_roots(roots)
+    parent = find_roots(parent)
     order = np.argsort(parent, kind="stable")
-    found = np.split(order, np.flatnonzero(np.diff(parent[order])) + 1)
-    return sorted((group.tolist() for group in found if len(group) > 1), key=lambda group: (-len(group), group))
+    components = np.split(order, np.flatnonzero(np.diff(parent[order])) + 1)
+    return sorted((group.tolist() for group in components if len(group) > 1), key=lambda group: (-len(group), group))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", help="what miniclip embed --out made")
+    parser.add_argument("folder", help="a folder that miniclip embed made")
     parser.add_argument("--at-least", type=float, default=0.97, metavar="COSINE", help="default: 0.97")
     options = parser.parse_args()
     if not -1 <= options.at_least <= 1:
-        parser.error(f"a cosine is from -1 to 1, not {options.at_least}")
+        parser.error(f"--at-least must be from -1 to 1, got {options.at_least}")
 
     index = miniclip.Index.open(options.folder)
     found = groups(len(index), near_pairs(blocks(index.vectors()), options.at_least))
@@ -82,8 +83,8 @@ def main() -> None:
         print(f"group {number}")
         for path in islice(paths, len(group)):
             print(f"  {path}")
-    more = sum(len(group) - 1 for group in found)
-    print(f"{len(index):,} pictures, {len(found):,} groups: {more:,} could go")
+    duplicates = sum(len(group) - 1 for group in found)
+    print(f"{len(index):,} images, {len(found):,} groups: {duplicates:,} near-duplicates")
 
 
 if __name__ == "__main__":

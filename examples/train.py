@@ -17,7 +17,6 @@ import csv
 import hashlib
 import json
 import math
-import os
 import random
 import signal
 import sys
@@ -37,6 +36,7 @@ from tqdm import tqdm
 
 import miniclip
 from miniclip.config import CLIPConfig, TextConfig, VisionConfig
+from miniclip.files import atomic_replace
 from miniclip.hub import KNOWN
 from miniclip.huggingface import config_from_dict
 from miniclip.model import VisionTransformer
@@ -372,14 +372,10 @@ class Run:
                 if parameter in optimiser.state:
                     tensors[f"{moment}/{name}"] = optimiser.state[parameter][moment]
         notes = {"step": step, "settings": self.settings, "curve": self.curve}
-        temporary = self.state.with_suffix(".tmp")
         try:
-            save_file(tensors, temporary, metadata={"run": json.dumps(notes)})
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(self.state)
+            with atomic_replace(self.state) as (temporary,):
+                save_file(tensors, temporary, metadata={"run": json.dumps(notes)})
         except (SafetensorError, OSError) as error:
-            temporary.unlink(missing_ok=True)
             kept = "the state saved before is still there" if self.state.exists() else "nothing was saved before"
             raise SystemExit(f"{self.state} cannot be written at step {step} ({error}); {kept}") from None
 

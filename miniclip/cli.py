@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from miniclip.checkpoint import open_checkpoint
 from miniclip.config import CLIPConfig
 from miniclip.embed import Progress, Summary, embed_images
 from miniclip.errors import ConfigError, ImageError, MiniclipError
@@ -33,34 +34,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns its exit status: 0, 1 if something failed, 2 for a wrong command line."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # A file name need not be valid text, and a pipe need not have every letter of a label.
+            # A file name need not be valid text, and the encoding of a pipe need not have every letter of a label.
             utf8 = stream.encoding.lower().replace("-", "") == "utf8"
             stream.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
     options = _parser().parse_args(arguments)
     status = 0
     try:
         status = options.run(options)
-        if sys.stdout is not None:  # None where it was closed before we started
+        if sys.stdout is not None:  # None if it was closed before the program started
             sys.stdout.flush()
         return status
     except MiniclipError as error:
-        _complain(str(error))
+        _print_error(str(error))
         return 1
     except KeyboardInterrupt:
-        _complain("interrupted")
+        _print_error("interrupted")
         return 130
     except BrokenPipeError:
-        # Whoever read our output has had enough, as `head` does. Python would complain once more at exit.
+        # The reader of the output has stopped, as `head` does. Without this, Python prints an error at exit.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return status
-    except OSError as error:  # no space left for our output
+    except OSError as error:  # such as a full disk
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        _complain(f"the output could not be written ({error.strerror})")
+        _print_error(f"the output could not be written ({error.strerror})")
         return 1
 
 
-def _complain(message: str) -> None:
-    if sys.stderr is not None:  # where it was closed before we started, print would fall back to the output
+def _print_error(message: str) -> None:
+    if sys.stderr is not None:  # if it was closed before the program started, print would write to stdout
         print(f"miniclip: {message}", file=sys.stderr)
 
 
@@ -68,69 +69,96 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="miniclip", description="Images and words in one space: OpenAI's CLIP.")
     parser.add_argument("--version", action="version", version=f"miniclip {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_classify(
+        commands.add_parser(
+            "classify",
+            help="tell which of the labels fits an image",
+            description="Tell which of the labels fits each image, with probabilities.",
+        )
+    )
+    _add_embed(
+        commands.add_parser(
+            "embed",
+            help="turn the images of a folder into vectors",
+            description="Embed every image of a source into a folder, in clip-retrieval's layout. Run the same command "
+            "again to continue an interrupted run, or to add new images.",
+        )
+    )
+    _add_search(
+        commands.add_parser(
+            "search",
+            help="find images in a folder of vectors",
+            description="Find the images nearest to a text, to an image, or to both, in a folder that embed made.",
+        )
+    )
+    names = "list the models known by name"
+    commands.add_parser("models", help=names, description=f"{names.capitalize()}.").set_defaults(run=_models)
+    return parser
 
-    classify = commands.add_parser(
-        "classify",
-        help="say which of the labels a picture shows",
-        description="Say which of the labels each picture shows, with probabilities.",
+
+def _add_classify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+    parser.add_argument(
+        "--labels",
+        nargs="+",
+        required=True,
+        metavar="LABEL",
+        help="the possible answers; each one replaces {} in the template",
     )
-    classify.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
-    classify.add_argument(
-        "--labels", nargs="+", required=True, metavar="LABEL", help="what it may be, as it stands in the template"
-    )
-    classify.add_argument(
+    parser.add_argument(
         "--model", default="ViT-B/32", metavar="NAME_OR_PATH", help="name, path or Hub repository (default: ViT-B/32)"
     )
-    classify.add_argument(
+    parser.add_argument(
         "--template",
         nargs="+",
         default=["a photo of a {}."],
         metavar="TEXT",
-        help='the prompt around a label; several are averaged (default: "a photo of a {}.")',
+        help='the text around a label; several templates are averaged (default: "a photo of a {}.")',
     )
-    classify.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:N or mps (default: cuda if there is one)")
-    classify.add_argument("--dtype", choices=_DTYPES, help="default: float32 on the CPU, float16 on CUDA")
-    classify.add_argument("--json", action="store_true", help="print a list of {image, labels: [{label, probability}]}")
-    classify.set_defaults(run=_classify)
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:N or mps (default: cuda if available)")
+    parser.add_argument("--dtype", choices=_DTYPES, help="default: float32 on the CPU, float16 on CUDA")
+    parser.add_argument("--json", action="store_true", help="print a list of {image, labels: [{label, probability}]}")
+    parser.set_defaults(run=_classify)
 
-    embed = commands.add_parser(
-        "embed",
-        help="turn the pictures of a folder into vectors",
-        description="Embed every picture of a source into a folder, in clip-retrieval's layout. The same command again "
-        "goes on where it was ended, and adds what is new.",
-    )
-    embed.add_argument(
+
+def _add_embed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="a folder, a .tar, or a text file of paths (relative ones are from where the command is run)",
+        help="a folder, a .tar, or a text file of paths (relative paths start at the current folder)",
     )
-    embed.add_argument("--out", required=True, metavar="DIR", help="the folder of the vectors")
-    embed.add_argument("--model", default="ViT-B/32", metavar="NAME_OR_PATH", help="default: ViT-B/32")
-    embed.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:N or mps (default: cuda if there is one)")
-    embed.add_argument("--dtype", choices=_DTYPES, help="what the model computes in; vectors are stored in float16")
-    embed.add_argument("--batch-size", type=int, default=32, metavar="N", help="default: 32")
-    embed.add_argument("--workers", type=int, metavar="N", help="threads that decode (default: one for each core)")
-    embed.add_argument("--shard-size", type=int, default=10_000, metavar="N", help="default: 10,000")
-    embed.add_argument("--fast-decode", action="store_true", help="decode JPEGs no larger than needed; not exact")
-    embed.add_argument("--quiet", action="store_true", help="no progress, only what failed")
-    embed.set_defaults(run=_embed)
-
-    search = commands.add_parser(
-        "search",
-        help="find pictures among embedded ones",
-        description="Find the pictures nearest to a text, to a picture, or to both, in a folder that embed made.",
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder of the vectors")
+    parser.add_argument("--model", default="ViT-B/32", metavar="NAME_OR_PATH", help="default: ViT-B/32")
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:N or mps (default: cuda if available)")
+    parser.add_argument("--dtype", choices=_DTYPES, help="for the computation; vectors are stored in float16")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=32,
+        metavar="N",
+        help="images that go through the model together (default: 32)",
     )
-    search.add_argument("folder", metavar="DIR", help="the folder of the vectors")
-    search.add_argument("text", nargs="?", metavar="TEXT", help='what to look for, such as "a dog in the snow"')
-    search.add_argument("--image", metavar="IMAGE", help="a picture to find the likes of")
-    search.add_argument("--model", metavar="NAME_OR_PATH", help="where the model of the vectors is, if it has moved")
-    search.add_argument("-k", type=int, default=10, metavar="N", help="how many (default: 10)")
-    search.add_argument("--json", action="store_true", help="print a list of {path, score}")
-    search.set_defaults(run=_search)
+    parser.add_argument("--workers", type=int, metavar="N", help="threads that decode (default: one for each core)")
+    parser.add_argument(
+        "--shard-size", type=int, default=10_000, metavar="N", help="images in one shard (default: 10,000)"
+    )
+    parser.add_argument(
+        "--fast-decode", action="store_true", help="decode large JPEGs at a fraction of their size; faster, not exact"
+    )
+    parser.add_argument("--quiet", action="store_true", help="print no progress, only errors")
+    parser.set_defaults(run=_embed)
 
-    models = commands.add_parser("models", help="list the models known by name", description="The known models.")
-    models.set_defaults(run=_models)
-    return parser
+
+def _add_search(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="the folder of the vectors")
+    parser.add_argument("text", nargs="?", metavar="TEXT", help='what to look for, such as "a dog in the snow"')
+    parser.add_argument("--image", metavar="IMAGE", help="an image to compare with")
+    parser.add_argument(
+        "--model", metavar="NAME_OR_PATH", help="where the model of the vectors is now, if it has moved"
+    )
+    parser.add_argument("-k", type=int, default=10, metavar="N", help="how many images (default: 10)")
+    parser.add_argument("--json", action="store_true", help="print a list of {path, score}")
+    parser.set_defaults(run=_search)
 
 
 def _classify(options: argparse.Namespace) -> int:
@@ -142,7 +170,7 @@ def _classify(options: argparse.Namespace) -> int:
     for path, answer in _answers(classifier, options.images):
         if isinstance(answer, ImageError):
             failed += 1
-            _complain(str(answer))
+            _print_error(str(answer))
             results.append({"image": path, "error": answer.reason})
         elif options.json:
             labels = [{"label": label, "probability": probability} for label, probability in answer]
@@ -155,7 +183,7 @@ def _classify(options: argparse.Namespace) -> int:
 
 
 def _answers(classifier: ZeroShotClassifier, paths: Sequence[str]) -> Iterator[tuple[str, Answer | ImageError]]:
-    """One answer per picture, as it comes; a picture that cannot be read is an answer too."""
+    """For each image its answer, or why the image cannot be read."""
     for path in paths:
         try:
             image = open_image(path)
@@ -166,7 +194,7 @@ def _answers(classifier: ZeroShotClassifier, paths: Sequence[str]) -> Iterator[t
 
 
 def _lines(path: str, answer: Answer, bars: bool) -> Iterator[str]:
-    """For a person a heading and bars, for a program one line per label: path, label, probability, tab-separated."""
+    """The lines of one answer: with ``bars`` a heading and a bar chart, else path, label, probability with tabs."""
     if not bars:
         for label, probability in answer:
             yield f"{path}\t{label}\t{probability:.4f}"
@@ -180,9 +208,9 @@ def _lines(path: str, answer: Answer, bars: bool) -> Iterator[str]:
 
 
 def _embed(options: argparse.Namespace) -> int:
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # a sentence for each odd file of a million is no news
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # Pillow would warn about many of a million files
     dtype = _DTYPES[options.dtype] if options.dtype else None
-    report = None if options.quiet or sys.stderr is None else _Report()
+    printer = None if options.quiet or sys.stderr is None else _ProgressPrinter()
     try:
         done = embed_images(
             options.source,
@@ -194,39 +222,39 @@ def _embed(options: argparse.Namespace) -> int:
             workers=options.workers,
             shard_size=options.shard_size,
             fast_decode=options.fast_decode,
-            progress=report,
+            progress=printer,
         )
     finally:
-        if report:
-            report.close()
-    with contextlib.suppress(BrokenPipeError):  # by now the status is another matter
-        _summarise(options, done)
+        if printer:
+            printer.close()
+    with contextlib.suppress(BrokenPipeError):  # the run is complete, whether or not somebody reads the summary
+        _print_summary(options, done)
     return 0 if done.total else 1
 
 
-def _summarise(options: argparse.Namespace, done: Summary) -> None:
+def _print_summary(options: argparse.Namespace, done: Summary) -> None:
     if not options.quiet:
         rate = f" in {_duration(done.seconds)}" if done.embedded else ""
         skipped = f"; {done.skipped:,} other files were skipped" if done.skipped else ""
-        print(f"{options.out}: {done.embedded:,} pictures embedded{rate}, {done.total:,} in all{skipped}")
+        print(f"{options.out}: {done.embedded:,} images embedded{rate}, {done.total:,} in all{skipped}")
     if done.failed:
         files = "1 file" if done.failed == 1 else f"{done.failed:,} files"
-        _complain(f"{files} could not be embedded; {os.path.join(options.out, 'failures.jsonl')} says why")
+        _print_error(f"{files} could not be embedded; see {os.path.join(options.out, 'failures.jsonl')}")
 
 
-class _Report:
-    """A bar with pictures a second, failures and the time left for a person, a line now and then for a file."""
+class _ProgressPrinter:
+    """Prints the progress of a run to stderr: a bar on a terminal, otherwise a line now and then."""
 
     def __init__(self) -> None:
         self._bar: Any = None
         self._next = 0.0
 
     def __call__(self, progress: Progress) -> None:
-        with contextlib.suppress(OSError):  # nobody reads it any more, which is no reason to stop
+        with contextlib.suppress(OSError):  # a closed stderr is no reason to stop the run
             self._show(progress)
 
     def _show(self, progress: Progress) -> None:
-        if not progress.todo:
+        if not progress.total:
             return
         if sys.stderr.isatty():
             if self._bar is None:
@@ -234,17 +262,17 @@ class _Report:
                     from tqdm import tqdm
                 except ImportError:
                     raise ConfigError('the package tqdm is missing: pip install "miniclip[embed]"') from None
-                self._bar = tqdm(total=progress.todo, unit=" pictures", dynamic_ncols=True)
+                self._bar = tqdm(total=progress.total, unit=" images", dynamic_ncols=True)
             self._bar.set_postfix_str(f"{progress.failed:,} failed", refresh=False)
             self._bar.update(progress.done - self._bar.n)
         elif not progress.done:
-            print(f"{progress.todo:,} pictures to embed", file=sys.stderr, flush=True)
-        elif progress.seconds >= self._next or progress.done == progress.todo:
+            print(f"{progress.total:,} images to embed", file=sys.stderr, flush=True)
+        elif progress.seconds >= self._next or progress.done == progress.total:
             self._next = progress.seconds + _SECONDS_BETWEEN_LINES
             rate = progress.done / progress.seconds if progress.seconds else 0.0
-            left = (progress.todo - progress.done) / rate if rate else 0.0
+            left = (progress.total - progress.done) / rate if rate else 0.0
             print(
-                f"{progress.done:,} of {progress.todo:,} pictures, {progress.failed:,} failed, {rate:.1f} a second, "
+                f"{progress.done:,} of {progress.total:,} images, {progress.failed:,} failed, {rate:.1f} a second, "
                 f"{_duration(left)} left",
                 file=sys.stderr,
                 flush=True,
@@ -283,7 +311,9 @@ def _models(options: argparse.Namespace) -> int:
         _print_model(name, known.config, source.megabytes, place)
     for name, folder in BUNDLED.items():
         megabytes = round(sum(path.stat().st_size for path in folder.iterdir()) / 1e6)
-        _print_model(name, load(name, "cpu")[0].config, megabytes, "in this package, to try things out offline")
+        _print_model(
+            name, open_checkpoint(folder).clip_config(), megabytes, "in this package, to try things out offline"
+        )
     return 0
 
 

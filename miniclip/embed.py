@@ -1,8 +1,8 @@
-"""Pictures -> vectors on disk: a long list in, shards of unit vectors out, whatever is among the files.
+"""Images -> vectors on disk: a long list in, shards of unit vectors out. A bad file never ends a run.
 
-The files are listed and sorted once. A shard is a slice of that list, no batch reaches from one shard into the next,
-and so a shard is a function of its files alone: a run killed and resumed any number of times leaves the same bytes as
-one that was not, on the same machine with as many threads.
+The images are listed and sorted once. A shard is a slice of that list, and no batch crosses the border of a shard.
+Therefore the content of a shard depends on its images alone. A run that was killed and resumed leaves the same bytes
+as an uninterrupted run, on the same machine with the same number of threads.
 """
 
 from __future__ import annotations
@@ -13,95 +13,102 @@ import io
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import chain, tee
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from miniclip import huggingface
 from miniclip.errors import ConfigError, ImageError, InputError
-from miniclip.hub import BUNDLED
 from miniclip.images import decode_image
-from miniclip.loading import load, weights_sha256
+from miniclip.loading import load
+from miniclip.manifest import run_settings
 from miniclip.model import CLIP
 from miniclip.preprocess import Preprocess
-from miniclip.sources import Item, file_item, list_items
-from miniclip.store import Failure, Shard, Store
+from miniclip.shard_files import Failure, Shard
+from miniclip.sources import ImageSource, list_images, stat_image
+from miniclip.store import EmbeddingStore
 
-# Of the place where a file is, not of what is in it. (A damaged picture has Pillow seek where nothing is: EINVAL.)
-_OF_THE_SYSTEM = {
+# Storage errors, worth a retry. EINVAL is not among them: Pillow causes it by seeking in damaged files.
+_STORAGE_ERRNOS = {
     getattr(errno, name, None)
     for name in (
         *("ENOENT", "EACCES", "EPERM", "EIO", "ENXIO", "ENODEV", "EMFILE", "ENFILE", "ESTALE", "ETIMEDOUT"),
         *("ENOTCONN", "ECONNRESET", "ECONNABORTED", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH"),
     )
 } - {None}
-_AHEAD = 2  # batches that wait decoded: enough that the model never waits, and all the memory a long run takes
+
+# Batches that wait decoded. Two are enough to keep the model busy; more would only take memory.
+_BATCHES_AHEAD = 2
 
 
-# -- one shard --------------------------------------------------------------------------------------------------------
+# -- shards -----------------------------------------------------------------------------------------------------------
 
-Decoded = np.ndarray | Failure  # (3, S, S) uint8, or what is wrong with the picture
+Decoded = np.ndarray | Failure  # (3, S, S) uint8, or why the image could not be decoded
 
 
-def decode(item: Item, preprocess: Preprocess, at_least: int | None) -> Decoded:
-    """The model's view of one picture, before it is normalised."""
-    if item.error is not None:
-        return Failure(item.error)
-    now = file_item(item.path)
+def decode(source: ImageSource, preprocess: Preprocess, min_side: int | None) -> Decoded:
+    """Decode one image to the pixels that the model sees, before normalisation. Never raises.
+
+    Args:
+        source: where the image lies.
+        preprocess: resizes and crops the image.
+        min_side: if given, JPEGs may be decoded at a fraction of their size, down to this side (see ``open_image``).
+    """
+    if source.error is not None:
+        return Failure(source.error)
+    now = stat_image(source.path)
     if now.error is not None:
         return Failure(now.error)
-    if now.size != -1 and now[:3] != item[:3]:  # or it would be there twice, once under a name that is not its own
-        return Failure("has changed since it was listed: the same command again takes it as it is now")
+    if now.size != -1 and now.stat != source.stat:  # the next run lists the new file, which would then be there twice
+        return Failure("has changed since it was listed: run the same command again to embed the new file")
     try:
-        if item.member is None:
-            return preprocess.to_pixels(decode_image(item.path, item.path, at_least))
-        with open(item.path, "rb") as file:
-            file.seek(item.offset)
-            data = file.read(item.length)
-        return preprocess.to_pixels(decode_image(io.BytesIO(data), item.name, at_least))
+        if source.member is None:
+            return preprocess.to_pixels(decode_image(source.path, source.path, min_side))
+        with open(source.path, "rb") as file:
+            file.seek(source.offset)
+            data = file.read(source.length)
+        return preprocess.to_pixels(decode_image(io.BytesIO(data), source.name, min_side))
     except ImageError as error:
-        return Failure(error.reason, again=item.size != -1 and _is_of_the_system(error.__cause__))
-    except Exception as error:  # whatever a picture provokes, it must not end a run of a million others
+        return Failure(error.reason, retry=source.size != -1 and is_storage_error(error.__cause__))
+    except Exception as error:  # whatever one image provokes must not end a run of millions
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        return Failure(f"cannot be read ({reason})", again=_is_of_the_system(error))
+        return Failure(f"cannot be read ({reason})", retry=is_storage_error(error))
 
 
-def _is_of_the_system(error: BaseException | None) -> bool:
-    """Whether the system could not give the bytes, rather than Pillow make something of them."""
-    return isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM
+def is_storage_error(error: BaseException | None) -> bool:
+    """Whether the operating system failed to deliver the bytes. Otherwise the content of the file is at fault."""
+    return isinstance(error, OSError) and error.errno in _STORAGE_ERRNOS
 
 
 def decode_ahead(
-    items: Iterable[Item], preprocess: Preprocess, at_least: int | None, workers: int, ahead: int
+    sources: Iterable[ImageSource], preprocess: Preprocess, min_side: int | None, workers: int, ahead: int
 ) -> Generator[Decoded, None, None]:
-    """``decode`` of every item in order, by threads that keep up to ``ahead`` results ready.
+    """``decode`` every image in order, in ``workers`` threads that keep up to ``ahead`` results ready.
 
-    Threads, because Pillow lets go of Python while it decodes and resizes.
+    Threads are enough, because Pillow releases Python's lock while it decodes and resizes.
     """
     with ThreadPoolExecutor(workers, "miniclip-decode") as pool:
-        waiting: deque[Future[Decoded]] = deque()
+        pending: deque[Future[Decoded]] = deque()
         try:
-            for item in items:
-                waiting.append(pool.submit(decode, item, preprocess, at_least))
-                if len(waiting) > ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            for source in sources:
+                pending.append(pool.submit(decode, source, preprocess, min_side))
+                if len(pending) > ahead:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 def warm_up(model: CLIP) -> None:
-    """Bring a model to where all later calls go the same way.
+    """Run the model twice, so that all later calls take the same path through it.
 
-    On a small first call the fast path still runs the plain modules, and those round differently.
+    The first calls may run without packed weights (see ``load``), and those results are rounded differently.
     """
     size = model.visual.input_resolution
     image = torch.zeros(1, 3, size, size, device=model.device)
@@ -111,10 +118,10 @@ def warm_up(model: CLIP) -> None:
 
 
 def encode(model: CLIP, preprocess: Preprocess, pixels: Sequence[np.ndarray]) -> np.ndarray:
-    """The unit vectors (N, D) float16 of a batch that is decoded.
+    """A batch of decoded images, N of (3, S, S) uint8 -> unit vectors (N, D) float16.
 
     Raises:
-        ConfigError: if the batch does not fit into the device's memory.
+        ConfigError: if the batch does not fit into the memory of the device.
     """
     try:
         with torch.inference_mode():
@@ -122,7 +129,7 @@ def encode(model: CLIP, preprocess: Preprocess, pixels: Sequence[np.ndarray]) ->
             vectors: np.ndarray = F.normalize(model.encode_image(images).float(), dim=1).half().cpu().numpy()
     except (torch.OutOfMemoryError, MemoryError):
         raise ConfigError(
-            f"a batch of {len(pixels)} pictures does not fit into the memory of {model.device}: choose a smaller one"
+            f"a batch of {len(pixels)} images does not fit into the memory of {model.device}: choose a smaller batch"
         ) from None
     return vectors
 
@@ -130,61 +137,63 @@ def encode(model: CLIP, preprocess: Preprocess, pixels: Sequence[np.ndarray]) ->
 def encode_shards(
     model: CLIP,
     preprocess: Preprocess,
-    shards: Iterable[Sequence[Item]],
+    listings: Iterable[Sequence[ImageSource]],
     *,
     batch_size: int,
     fast_decode: bool = False,
     workers: int | None = None,
     report: Callable[[int, int], object] = lambda done, failed: None,
 ) -> Generator[Shard, None, None]:
-    """Embed one slice of the list after another, and decode the next pictures meanwhile.
+    """Embed one shard after another. Threads decode the next images while the model works on a batch.
 
-    ``report`` is told of every batch how many pictures it took from the list, and how many of them failed.
+    Args:
+        model, preprocess: as ``load`` returns them.
+        listings: for each shard, its images. The listings are read as they are needed.
+        batch_size: images that go through the model together.
+        fast_decode: decode large JPEGs at a fraction of their size (see ``embed_images``).
+        workers: threads that decode; by default one for each core.
+        report: called after each batch with the number of its images, and how many of them failed.
+
+    Raises:
+        ConfigError: if a batch does not fit into the memory of the device.
     """
     warm_up(model)
-    slices, again = tee(shards)
-    at_least = preprocess.size * 3 // 2 if fast_decode else None
-    stream = decode_ahead(
-        chain.from_iterable(again), preprocess, at_least, workers or available_cores(), _AHEAD * batch_size
-    )
-    with contextlib.closing(stream):
-        for items in slices:
+    min_side = preprocess.size * 3 // 2 if fast_decode else None
+    ahead = _BATCHES_AHEAD * batch_size
+    listings, listings_to_decode = tee(listings)  # decoding runs ahead of encoding, also across shards
+    to_decode = chain.from_iterable(listings_to_decode)
+    with contextlib.closing(
+        decode_ahead(to_decode, preprocess, min_side, workers or available_cores(), ahead)
+    ) as stream:
+        for listing in listings:
             shard = Shard(np.zeros((0, model.config.embed_dim), np.float16), [], {})
-            parts = [shard.vectors]
-            for start in range(0, len(items), batch_size):
-                rows = range(start, min(start + batch_size, len(items)))
-                failed = len(shard.failures)
-                parts.append(_encode_batch(model, preprocess, rows, stream, shard))
-                report(len(rows), len(shard.failures) - failed)
-            shard.vectors = np.concatenate(parts)
+            batches = [shard.vectors]
+            for start in range(0, len(listing), batch_size):
+                rows = range(start, min(start + batch_size, len(listing)))
+                batch = _encode_batch(model, preprocess, dict(zip(rows, stream)))
+                batches.append(batch.vectors)
+                shard.rows += batch.rows
+                shard.failures |= batch.failures
+                report(len(rows), len(batch.failures))
+            shard.vectors = np.concatenate(batches)
             yield shard
 
 
-def _encode_batch(
-    model: CLIP, preprocess: Preprocess, rows: Iterable[int], stream: Iterator[Decoded], shard: Shard
-) -> np.ndarray:
-    """The vectors of a batch; what became of its rows is noted in ``shard``."""
-    pixels, decoded = [], []
-    for row, result in zip(rows, stream):
-        if isinstance(result, Failure):
-            shard.failures[row] = result
-        else:
-            pixels.append(result)
-            decoded.append(row)
+def _encode_batch(model: CLIP, preprocess: Preprocess, decoded: Mapping[int, Decoded]) -> Shard:
+    """One batch of a shard, given by row in the listing: its vectors, their rows, and the failed rows."""
+    failures = {row: result for row, result in decoded.items() if isinstance(result, Failure)}
+    pixels = {row: result for row, result in decoded.items() if not isinstance(result, Failure)}
     if not pixels:
-        return shard.vectors[:0]
-    vectors = encode(model, preprocess, pixels)
+        return Shard(np.zeros((0, model.config.embed_dim), np.float16), [], failures)
+    vectors = encode(model, preprocess, [*pixels.values()])
     finite = np.isfinite(vectors).all(axis=1)
-    for row, good in zip(decoded, finite):
-        if good:
-            shard.rows.append(row)
-        else:
-            shard.failures[row] = Failure(f"its vector is not finite in {str(model.dtype).removeprefix('torch.')}")
-    return vectors[finite]
+    dtype = str(model.dtype).removeprefix("torch.")
+    failures |= {row: Failure(f"its vector is not finite in {dtype}") for row, good in zip(pixels, finite) if not good}
+    return Shard(vectors[finite], [row for row, good in zip(pixels, finite) if good], failures)
 
 
 def available_cores() -> int:
-    """The cores this process may run on."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -193,59 +202,39 @@ def available_cores() -> int:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run of ``embed_images`` did, and what there is."""
+    """The result of one call of ``embed_images``.
+
+    Attributes:
+        embedded: images that this run embedded.
+        failed: images that this run could not embed.
+        skipped: files whose suffix is not that of an image.
+        shards: shards that this run wrote.
+        total: vectors in the folder, those of earlier runs included.
+        seconds: how long the run took.
+    """
 
     embedded: int
     failed: int
-    skipped: int  # files whose name is not a picture's
+    skipped: int
     shards: int
-    total: int  # vectors in the folder, those of earlier runs included
+    total: int
     seconds: float
-
-
-def settings_of(
-    name: str | os.PathLike[str],
-    model: CLIP,
-    preprocess: Preprocess,
-    *,
-    batch_size: int,
-    shard_size: int,
-    fast_decode: bool,
-) -> dict[str, Any]:
-    """What the vectors depend on. A run that differs in any of it would mix two kinds of vectors in one folder."""
-    return {
-        **model_settings(name, model, preprocess),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "batch_size": batch_size,
-        "shard_size": shard_size,
-        "fast_decode": fast_decode,
-    }
-
-
-def model_settings(name: str | os.PathLike[str], model: CLIP, preprocess: Preprocess) -> dict[str, Any]:
-    """What a vector depends on besides its picture."""
-    return {
-        "model": absolute(name),
-        "weights_sha256": weights_sha256(name),
-        "config": asdict(model.config),
-        "preprocess": {**huggingface.preprocess_to_dict(preprocess), "convention": preprocess.convention},
-    }
-
-
-def absolute(name: str | os.PathLike[str]) -> str:
-    """A model's name as it means the same from every folder."""
-    text = os.fspath(name)
-    path = os.path.expanduser(text)
-    return os.path.abspath(path) if text not in BUNDLED and os.path.exists(path) else text
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands, in pictures."""
+    """The state of a run, in images.
+
+    Attributes:
+        done: images that have been processed, failed ones included.
+        failed: images that could not be embedded.
+        total: images that this run has to process.
+        seconds: time since the first image.
+    """
 
     done: int
     failed: int
-    todo: int
+    total: int
     seconds: float
 
 
@@ -262,31 +251,32 @@ def embed_images(
     fast_decode: bool = False,
     progress: Callable[[Progress], object] | None = None,
 ) -> Summary:
-    """Embed every picture of ``source`` into the folder ``out``, or go on where an earlier run ended.
+    """Embed every image of ``source`` into the folder ``out``, or continue an interrupted run.
 
-    A second call with new files in the source adds shards for those alone; a file is known by its path, size and time
-    of last change. Nothing that is wrong with a file ends a run: it is told in failures.jsonl, and the file is tried
-    again when it has changed, or when it could not be read and now can.
+    A later call embeds only new files, into new shards. A file is identified by its path, its size and its modification
+    time. A bad file does not end a run: failures.jsonl lists it with the reason. It is tried again once it has changed,
+    or, if it could not be read, once it can be read.
 
     Args:
         source: a folder, with all its subfolders; a .tar, as img2dataset writes them; or a text file of paths.
-        out: the folder of the embeddings, made if it is missing.
-        model, device, dtype: as in ``load``; what the vectors are computed in. They are stored in float16.
-        batch_size: pictures that go through the model at a time.
-        workers: threads that decode; one for each core unless given.
-        shard_size: pictures of the list that make a shard.
-        fast_decode: decode large JPEGs at the smallest half, quarter or eighth of their size that still has one and a
-            half times the model's side. Several times as fast on photos of many megapixels, and not exact (see
-            ``open_image``).
-        progress: called before the first batch and after every one.
+        out: the folder of the embeddings. It is created if it is missing.
+        model, device, dtype: as in ``load``. The dtype is for the computation; vectors are stored in float16.
+        batch_size: images that go through the model together.
+        workers: threads that decode; by default one for each core.
+        shard_size: images in one shard.
+        fast_decode: decode large JPEGs at a half, a quarter or an eighth of their size, if that is still at least one
+            and a half times the size that the model takes. This is several times faster for photos of many megapixels,
+            and not exact (see ``open_image``).
+        progress: called before the first batch and after every batch.
 
     Returns:
-        What was done.
+        What the run did.
 
     Raises:
-        InputError: if the source cannot be read, holds no pictures, or a number cannot be.
-        ConfigError: if ``out`` was begun with other settings (naming the first), or another run is in it.
-        StorageError: if ``out`` cannot be written; what was complete stays so.
+        InputError: if the source cannot be read or contains no images, or if a number is out of range.
+        ConfigError: if ``out`` was created with other settings (the error names the first that differs), or if another
+            run is writing to it.
+        StorageError: if ``out`` cannot be written. Complete shards stay complete.
         Those of ``load``.
     """
     for name, number in (("batch_size", batch_size), ("shard_size", shard_size), ("workers", workers)):
@@ -295,36 +285,47 @@ def embed_images(
     if not os.fspath(source):
         raise InputError("the source is an empty path")
     began = time.perf_counter()
-    store = Store(Path(out))
-    items, skipped = list_items(Path(source))
+    store = EmbeddingStore(Path(out))
+    images, skipped = list_images(Path(source))
     clip, preprocess = load(model, device, dtype=dtype)
-    with store.locked():
-        numbers = {"batch_size": batch_size, "shard_size": shard_size}
-        store.begin(settings_of(model, clip, preprocess, **numbers, fast_decode=fast_decode))
-        store.plan(items, shard_size)
-        del items  # the list may be long
-        todo = store.todo()
-        done = failed = 0
-        planned, started = sum(map(store.size, todo)), time.perf_counter()
-
-        def report(taken: int, bad: int) -> None:
-            nonlocal done, failed
-            done, failed = done + taken, failed + bad
-            if progress:
-                progress(Progress(done, failed, planned, time.perf_counter() - started))
-
-        report(0, 0)
+    settings = run_settings(
+        model, clip, preprocess, batch_size=batch_size, shard_size=shard_size, fast_decode=fast_decode
+    )
+    with store.lock():
+        store.open_run(settings)
+        store.plan(images, shard_size)
+        del images  # the list may be long
+        pending = store.pending()
+        counter = _Counter(sum(shard.count_images() for shard in pending), progress)
         shards = encode_shards(
             clip,
             preprocess,
-            map(store.items, todo),
+            (shard.read_listing() for shard in pending),
             batch_size=batch_size,
             fast_decode=fast_decode,
             workers=workers,
-            report=report,
+            report=counter.add,
         )
         with contextlib.closing(shards):
-            for number, shard in zip(todo, shards):
-                store.write_shard(number, shard)
-        total = store.finish()
-    return Summary(done - failed, failed, skipped, len(todo), total, time.perf_counter() - began)
+            for files, shard in zip(pending, shards):
+                files.write(shard)
+        total = store.write_failure_summary()
+    embedded = counter.done - counter.failed
+    return Summary(embedded, counter.failed, skipped, len(pending), total, time.perf_counter() - began)
+
+
+class _Counter:
+    """Counts the images of a run and reports the progress."""
+
+    def __init__(self, total: int, progress: Callable[[Progress], object] | None) -> None:
+        self.done = self.failed = 0
+        self._total = total
+        self._progress = progress
+        self._started = time.perf_counter()
+        self.add(0, 0)
+
+    def add(self, done: int, failed: int) -> None:
+        self.done += done
+        self.failed += failed
+        if self._progress:
+            self._progress(Progress(self.done, self.failed, self._total, time.perf_counter() - self._started))

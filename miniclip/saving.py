@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from miniclip import huggingface
 from miniclip.errors import CheckpointError, ConfigError, InputError
+from miniclip.files import atomic_replace
 from miniclip.model import CLIP
 from miniclip.preprocess import Preprocess
 
@@ -49,34 +50,18 @@ def save_pretrained(model: CLIP, folder: str | os.PathLike[str], preprocess: Pre
         "preprocessor_config.json": huggingface.preprocess_to_dict(preprocess),
     }
     folder = Path(folder)
+    # Renamed, never overwritten: a model loaded from the old weights is a memory-mapped view of that file. The weights
+    # come last, so that a new folder that is cut off has no weights.
+    targets = [folder / name for name in (*documents, "model.safetensors")]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_files(folder, documents, tensors)
+        with atomic_replace(*targets) as (*texts, weights):
+            for path, document in zip(texts, documents.values()):
+                path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+            mode = weights.stat().st_mode
+            save_file(tensors, weights, metadata={"format": "pt"})
+            weights.chmod(mode)  # safetensors makes the file readable only for its owner, whatever the umask says
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be written ({error})") from None
-
-
-def _write_files(folder: Path, documents: dict[str, dict[str, Any]], tensors: dict[str, torch.Tensor]) -> None:
-    """Write all files under temporary names, then rename them. If one cannot be written, none is renamed."""
-    # The weights come last: if the process is killed between two renames, a new folder has no weights.
-    names = [*documents, "model.safetensors"]
-    temporary = {folder / name: folder / f".{name}.{os.getpid()}.tmp" for name in names}
-    try:
-        for target, path in temporary.items():
-            if target.name in documents:
-                path.write_text(json.dumps(documents[target.name], indent=2) + "\n", encoding="utf-8")
-            else:
-                save_file(tensors, path, metadata={"format": "pt"})
-                # safetensors lets only the owner read the file. The other files follow the user's umask.
-                path.chmod(next(iter(temporary.values())).stat().st_mode)
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-        for target, path in temporary.items():
-            # The old file is replaced, not overwritten: a model that was loaded from it is a view of its contents.
-            path.replace(target)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
 
 
 def _checked_state(model: CLIP) -> dict[str, torch.Tensor]:

@@ -1,0 +1,324 @@
+"""One shard on disk: four files, in the layout that autofaiss and clip-retrieval index read.
+
+img_emb/img_emb_N.npy            (rows, D) float16, unit vectors
+metadata/metadata_N.parquet      one line for each row: image_path; key and caption if the image is from a tar
+listing/listing_N.parquet        the images that the shard is made of
+failures/failures_N.jsonl        {path, error, row} of each image that could not be embedded
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from miniclip.errors import ConfigError, StorageError
+from miniclip.files import atomic_write
+from miniclip.sources import ImageSource, printable
+
+SUFFIXES = {"img_emb": "npy", "metadata": "parquet", "listing": "parquet", "failures": "jsonl"}
+
+
+class Failure(NamedTuple):
+    """Why an image could not be embedded."""
+
+    error: str
+    retry: bool = False  # the storage failed, not the image: a later run tries again
+
+
+@dataclass
+class Shard:
+    """The vectors of a slice of the list of images, or of one batch of it.
+
+    Attributes:
+        vectors: (rows, D) float16, unit vectors.
+        rows: for each vector, the row of its image in the listing.
+        failures: row in the listing -> why that image has no vector.
+    """
+
+    vectors: np.ndarray
+    rows: list[int]
+    failures: dict[int, Failure]
+
+
+@dataclass(frozen=True, order=True)
+class ShardFiles:
+    """The files of one shard of a folder.
+
+    A shard is planned once its listing exists. A shard is complete once its failures file exists (it may be empty);
+    that file is written last. A shard without vectors has no vector file and no metadata file, because readers that
+    pair the two may skip an empty file in only one of the folders.
+    """
+
+    folder: Path
+    number: int
+
+    @property
+    def vectors_path(self) -> Path:
+        return self._path("img_emb")
+
+    @property
+    def metadata_path(self) -> Path:
+        return self._path("metadata")
+
+    @property
+    def listing_path(self) -> Path:
+        return self._path("listing")
+
+    @property
+    def failures_path(self) -> Path:
+        return self._path("failures")
+
+    def _path(self, kind: str) -> Path:
+        return self.folder / kind / f"{kind}_{self.number}.{SUFFIXES[kind]}"
+
+    # -- read and verify ----------------------------------------------------------------------------------------------
+
+    def read_listing(self) -> list[ImageSource]:
+        """The images that the shard is made of.
+
+        Raises:
+            ConfigError: if the listing is damaged.
+        """
+        try:
+            return _from_table(_read_parquet(self.listing_path))
+        except (OSError, KeyError, TypeError, ValueError, import_pyarrow().ArrowException) as error:
+            raise self._damaged_listing(error) from None
+
+    def read_failures(self) -> dict[int, Failure]:
+        """The images that could not be embedded: row in the listing -> reason.
+
+        Raises:
+            ConfigError: if the failures file is damaged.
+        """
+        try:
+            lines = self.failures_path.read_text("utf-8").splitlines()
+            records: list[dict[str, Any]] = [json.loads(line) for line in lines]
+            if any(not {"path", "error", "row"} <= record.keys() for record in records):
+                raise ValueError("a line is not of this version")
+            return {record["row"]: Failure(record["error"], record.get("retry", False)) for record in records}
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            raise self._damaged(self.failures_path, error) from None
+
+    def count_images(self) -> int:
+        """The number of images that the shard is made of.
+
+        Raises:
+            ConfigError: if the listing is damaged.
+        """
+        try:
+            with self.listing_path.open("rb") as file:
+                return int(import_pyarrow().parquet.read_metadata(file).num_rows)
+        except (OSError, import_pyarrow().ArrowException) as error:
+            raise self._damaged_listing(error) from None
+
+    def count_vectors(self) -> int:
+        """The number of vectors that the shard must have, which is complete. Does not read the vectors.
+
+        Raises:
+            ConfigError: if the listing or the failures file is damaged.
+        """
+        return self.count_images() - len(self.read_failures())
+
+    def verify_vectors(self, count: int) -> None:
+        """Check that the vector file contains ``count`` vectors. Reads only its header and its size.
+
+        Raises:
+            ConfigError: if the file is missing or damaged.
+        """
+        self._vectors_offset(count)
+
+    def _vectors_offset(self, count: int) -> int:
+        """Where the numbers begin in the vector file, in bytes; checks the file as ``verify_vectors`` does."""
+        try:
+            with self.vectors_path.open("rb") as file:
+                np.lib.format.read_magic(file)
+                shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+                start, end = file.tell(), file.seek(0, os.SEEK_END)
+            if (len(shape), shape[0], dtype, by_columns, start % 2) != (2, count, np.dtype(np.float16), False, 0):
+                raise ValueError(f"{shape} in {dtype} instead of {count} rows of float16")
+            if end - start != 2 * count * shape[1]:
+                raise ValueError(f"{end - start:,} bytes instead of {2 * count * shape[1]:,}")
+        except Exception as error:  # numpy evaluates the header as Python, so a damaged one may raise anything
+            raise self._damaged(self.vectors_path, error) from None
+        return start
+
+    def map_vectors(self, count: int) -> torch.Tensor:
+        """The vectors (count, D) float16, memory-mapped.
+
+        Mapped by torch, because numpy keeps each file open while it is mapped, and there may be thousands of shards.
+
+        Raises:
+            ConfigError: if the file is missing or damaged.
+            StorageError: if the operating system cannot map it.
+        """
+        start = self._vectors_offset(count)
+        path = self.vectors_path
+        size = path.stat().st_size
+        try:
+            mapped = torch.from_file(str(path), shared=False, size=size // 2, dtype=torch.float16)
+        except (RuntimeError, UnicodeError) as error:
+            raise StorageError(f"{path} cannot be memory-mapped ({str(error).splitlines()[0]})") from None
+        return mapped[start // 2 :].view(count, -1)
+
+    def read_paths(self, count: int) -> Any:
+        """The paths of the images of the ``count`` vectors, as a pyarrow column.
+
+        Raises:
+            ConfigError: if the metadata file is missing, damaged, or has another number of rows.
+        """
+        try:
+            column = _read_parquet(self.metadata_path, ["image_path"]).column("image_path")
+        except (OSError, KeyError, import_pyarrow().ArrowException) as error:
+            raise self._damaged(self.metadata_path, error) from None
+        if len(column) != count:
+            raise self._damaged(self.metadata_path, f"{len(column)} rows instead of {count}")
+        return column
+
+    def _damaged(self, path: Path, error: Exception | str) -> ConfigError:
+        """The error for a damaged file that a new run can compute again."""
+        return ConfigError(f"{path} is damaged ({_reason(error)}): remove {self.failures_path} and embed again")
+
+    def _damaged_listing(self, error: Exception) -> ConfigError:
+        """The error for a damaged listing. Nothing can restore it: the vectors' images are not known without it."""
+        return ConfigError(f"{self.listing_path} is damaged ({_reason(error)}): embed into another folder")
+
+    # -- write --------------------------------------------------------------------------------------------------------
+
+    def write_listing(self, images: Sequence[ImageSource]) -> None:
+        """Plan the shard.
+
+        Raises:
+            StorageError: if the file cannot be written.
+        """
+        write_file(self.listing_path, _as_parquet(_as_table(images)))
+
+    def write(self, shard: Shard) -> None:
+        """Write the vectors, the metadata and, last, the failures, which make the shard complete.
+
+        Raises:
+            ConfigError: if the listing is damaged.
+            StorageError: if a file cannot be written.
+        """
+        listing = self.read_listing()
+        if shard.rows:
+            vectors = io.BytesIO()
+            np.save(vectors, shard.vectors)
+            write_file(self.vectors_path, vectors.getbuffer())
+            write_file(self.metadata_path, _as_parquet(_metadata_table([listing[row] for row in shard.rows])))
+        else:  # an earlier, interrupted run may have written them
+            remove_file(self.vectors_path)
+            remove_file(self.metadata_path)
+        lines = []
+        for row, failure in shard.failures.items():
+            record = {"path": printable(listing[row].name), "error": failure.error, "row": row}
+            lines.append(json.dumps(record | {"retry": True} if failure.retry else record) + "\n")
+        write_file(self.failures_path, "".join(lines).encode())
+
+    def remove_plan(self) -> None:
+        """Remove a shard that is not complete. The listing goes last: without it, nobody would know of the others.
+
+        Raises:
+            StorageError: if a file cannot be removed.
+        """
+        for path in (self.vectors_path, self.metadata_path, self.listing_path):
+            remove_file(path)
+
+
+def _reason(error: Exception | str) -> str:
+    return getattr(error, "strerror", None) or " ".join(str(error).split())
+
+
+def write_file(path: Path, data: bytes | memoryview) -> None:
+    """``atomic_write`` to a folder of embeddings, with an error that says how to continue.
+
+    Raises:
+        StorageError: if the file cannot be written.
+    """
+    try:
+        atomic_write(path, data)
+    except OSError as error:
+        raise StorageError(
+            f"{path} cannot be written ({error.strerror}); the shards written before are complete, and the same "
+            "command continues after them"
+        ) from None
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file if it exists.
+
+    Raises:
+        StorageError: if the file cannot be removed.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be removed ({error.strerror})") from None
+
+
+# -- Parquet ----------------------------------------------------------------------------------------------------------
+
+
+def import_pyarrow() -> Any:
+    """The package pyarrow, which only embedding and searching need.
+
+    Raises:
+        ConfigError: if the package is missing.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ConfigError('the package pyarrow is missing: pip install "miniclip[embed]"') from None
+    return pyarrow
+
+
+def _as_table(images: Sequence[ImageSource]) -> Any:
+    """A listing as a table with one column for each field of ``ImageSource``."""
+    pa = import_pyarrow()
+    # A path is stored as bytes, because a file name need not be valid text.
+    types = {"path": pa.binary(), **dict.fromkeys(("size", "mtime_ns", "offset", "length"), pa.int64())}
+    columns = dict(zip(ImageSource._fields, zip(*images)))
+    columns["path"] = tuple(map(os.fsencode, columns["path"]))
+    return pa.table({name: pa.array(column, types.get(name, pa.string())) for name, column in columns.items()})
+
+
+def _from_table(table: Any) -> list[ImageSource]:
+    rows = zip(*(table.column(name).to_pylist() for name in ImageSource._fields))
+    return [ImageSource(os.fsdecode(path), *rest) for path, *rest in rows]
+
+
+def _metadata_table(images: Sequence[ImageSource]) -> Any:
+    """Every shard has all columns, because readers of many files take the columns of the first file."""
+    pa = import_pyarrow()
+    columns = {
+        "image_path": [printable(image.name) for image in images],
+        "key": [image.key for image in images],
+        "caption": [image.caption for image in images],
+    }
+    return pa.table({name: pa.array(column, pa.string()) for name, column in columns.items()})
+
+
+def _read_parquet(path: Path, columns: list[str] | None = None) -> Any:
+    """A table, read without threads.
+
+    Starting threads costs more than reading a column. And with ``pre_buffer``, pyarrow starts a thread that may still
+    run when the process exits. On a busy machine some searches then ended in SIGABRT, after their output was complete,
+    with "terminate called without an active exception".
+    """
+    # Opened here, because pyarrow takes only paths that are valid text.
+    with path.open("rb") as file, import_pyarrow().parquet.ParquetFile(file, pre_buffer=False) as table:
+        return table.read(columns, use_threads=False)
+
+
+def _as_parquet(table: Any) -> memoryview:
+    buffer = io.BytesIO()
+    import_pyarrow().parquet.write_table(table, buffer)
+    return buffer.getbuffer()
