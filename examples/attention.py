@@ -163,7 +163,7 @@ def main() -> None:
     samples = {common.IMAGES / name: prompts for name, prompts in SAMPLES.items()}
     wanted = samples if options.image is None else {options.image: options.prompts}
     photos = [miniclip.open_image(path) for path in wanted]
-    name = common.model_name(options.model, own_pictures=options.image is not None)
+    name = common.model_name(options.model, own_images=options.image is not None)
     model, preprocess = miniclip.load(name, dtype=torch.float32)  # half precision would round small gradients to 0
 
     rows = []
@@ -174,4 +174,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.main(main)

@@ -1,6 +1,6 @@
 """``miniclip embed`` on a Ray cluster: the same list, the same shards, the same folder.
 
-    pip install "miniclip[ray]"
+    pip install -c constraints.txt -e ".[ray]"
     python examples/embed_ray.py photos --out vectors                        a Ray of this machine's own
     python examples/embed_ray.py /mnt/photos --out /mnt/vectors --address auto --actors 16 --gpus 0.5
 
@@ -19,14 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import common
-import ray
-import ray.data
 import torch
 
 import miniclip
 from miniclip import embed
 from miniclip.sources import Item, list_items
 from miniclip.store import Shard, Store
+
+with common.needs("ray"):
+    import ray
+    import ray.data
 
 RETRIES = 4  # of a shard whose actor dies: machines go, but what kills five of them is the shard
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -132,4 +134,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.main(main)

@@ -252,7 +252,7 @@ def main() -> None:
         parser.error("--batch-size and --limit must be at least 1")
 
     data = open_data_set(options.dataset or str(common.IMAGES))
-    name = common.model_name(options.model, own_pictures=options.dataset is not None)
+    name = common.model_name(options.model, own_images=options.dataset is not None)
     dtype = getattr(torch, options.dtype) if options.dtype else None
     model, preprocess = miniclip.load(name, options.device, dtype=dtype)
     print(f"{len(data.classes)} classes with {len(data.templates)} prompts each", file=sys.stderr)
@@ -278,4 +278,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.main(main)

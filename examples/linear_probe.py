@@ -166,7 +166,7 @@ def main() -> None:
 
     rng = random.Random(options.seed)
     examples = listed(options.folder) if options.folder is not None else None
-    model, preprocess = miniclip.load(common.model_name(options.model, own_pictures=options.folder is not None))
+    model, preprocess = miniclip.load(common.model_name(options.model, own_images=options.folder is not None))
     if examples is not None:
         train, train_labels, test, test_labels = read(examples, model, preprocess, rng)
         template = "a photo of a {}."
@@ -190,4 +190,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.main(main)

@@ -116,7 +116,7 @@ def main() -> None:
 
     folder = options.folder or common.IMAGES
     captions_of = common.read_captions(folder)
-    model, preprocess = miniclip.load(common.model_name(options.model, own_pictures=options.folder is not None))
+    model, preprocess = miniclip.load(common.model_name(options.model, own_images=options.folder is not None))
     paths = [folder / name for name in captions_of]
     pictures, kept = encode_pictures(model, preprocess, paths, options.batch_size)
     names = [list(captions_of)[index] for index in kept]
@@ -138,4 +138,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.main(main)

@@ -81,7 +81,7 @@ def main() -> None:
     if len(pairs) > MOST:
         raise SystemExit(f"{folder} has {len(pairs)} pictures; a matrix that can be read has {MOST} at most")
     photos, captions = [miniclip.open_image(path) for path, _ in pairs], [caption for _, caption in pairs]
-    name = common.model_name(options.model, own_pictures=options.folder is not None)
+    name = common.model_name(options.model, own_images=options.folder is not None)
     model, preprocess = miniclip.load(name)
     matrix = similarities(model, preprocess(photos), miniclip.tokenize(captions, model.context_length))
     name = Path(name).name if Path(name).exists() else name
@@ -92,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.main(main)

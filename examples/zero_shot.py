@@ -29,7 +29,7 @@ def main() -> None:
     paths = options.images or [common.IMAGES / name for name in captions]
     labels = options.labels or [lines[0] for lines in captions.values()]
     photos = [miniclip.open_image(path) for path in paths]
-    model, preprocess = miniclip.load(common.model_name(options.model, own_pictures=bool(options.images)))
+    model, preprocess = miniclip.load(common.model_name(options.model, own_images=bool(options.images)))
     classifier = miniclip.ZeroShotClassifier(model, preprocess, labels, TEMPLATES)
     for path, answer in zip(paths, classifier(photos)):
         print(path)
@@ -38,4 +38,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.main(main)
