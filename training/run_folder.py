@@ -136,7 +136,7 @@ def draw_curve(curve: Curve, path: Path) -> None:
     axes.plot([step for step, *_ in curve], [loss for _, loss, _ in curve], label="training", color="C0")
     validated = [(step, loss) for step, _, loss in curve if loss is not None]
     if validated:
-        axes.plot(*zip(*validated), label="validation (images held out)", color="C1")
+        axes.plot(*zip(*validated), label="validation (held-out images)", color="C1")
     axes.set(xlabel="step", ylabel="contrastive loss", xlim=(0, None), ylim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
