@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import augment
@@ -27,6 +26,7 @@ from conftest import make_reference
 from helpers import ROOT, run_python, run_script
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
+from scripts import refusal
 from transformers import CLIPModel
 
 import miniclip
@@ -69,20 +69,8 @@ def run(*arguments: object, **options: str) -> subprocess.CompletedProcess[str]:
     return run_script("training/train.py", *arguments, *flags(**options))
 
 
-@pytest.fixture
-def refusal(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Runs the program in this process, for a run that never starts. Returns the sentence that it stops with."""
-
-    def refusal(*arguments: object, **options: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments), *flags(**options)])
-        with pytest.raises(SystemExit) as stopped:
-            train.shared.main(train.main)
-        sentence = str(stopped.value.code)
-        assert sentence.startswith("train.py: ")
-        assert "\n" not in sentence
-        return sentence
-
-    return refusal
+def refuse(monkeypatch: pytest.MonkeyPatch, *arguments: object, **options: str) -> str:
+    return refusal(monkeypatch, train, *arguments, *flags(**options))
 
 
 def small(config: Path, **changes: str) -> dict[str, str]:
@@ -170,7 +158,7 @@ def test_a_killed_run_leaves_a_complete_state(shapes: Path, config: Path, tmp_pa
 
 @pytest.mark.slow
 def test_resuming_with_other_settings_or_data_is_refused(
-    shapes: Path, config: Path, tmp_path: Path, refusal: Callable[..., str]
+    shapes: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(shapes, tmp_path / "run", **small(config)).returncode == 0
     before = (tmp_path / "run" / "state.safetensors").read_bytes()
@@ -180,15 +168,15 @@ def test_resuming_with_other_settings_or_data_is_refused(
         (("--resume",), {"steps": "9"}, "had --steps 6, not 9"),
     ]
     for extra, changes, message in cases:
-        assert message in refusal(shapes, tmp_path / "run", *extra, **small(config, **changes))
+        assert message in refuse(monkeypatch, shapes, tmp_path / "run", *extra, **small(config, **changes))
     other = tmp_path / "other"
     shutil.copytree(shapes, other)
     with (other / "captions.csv").open("a") as file:
         file.write("red_circle_0.png,a disc\n")
-    assert "its data has changed" in refusal(other, tmp_path / "run", "--resume", **small(config))
+    assert "its data has changed" in refuse(monkeypatch, other, tmp_path / "run", "--resume", **small(config))
     assert (tmp_path / "run" / "state.safetensors").read_bytes() == before
     (tmp_path / "run" / "state.safetensors").write_bytes(before[:1000])
-    assert "is not the state of a run" in refusal(shapes, tmp_path / "run", "--resume", **small(config))
+    assert "is not the state of a run" in refuse(monkeypatch, shapes, tmp_path / "run", "--resume", **small(config))
 
 
 def test_a_full_disk_leaves_the_previous_state(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +198,7 @@ def test_a_full_disk_leaves_the_previous_state(shapes: Path, tmp_path: Path, mon
     assert folder.state_path.read_bytes() == before
 
 
-def test_wrong_data_is_reported_in_one_sentence(config: Path, tmp_path: Path, refusal: Callable[..., str]) -> None:
+def test_wrong_data_is_reported_in_one_sentence(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, text in {
         "none": None,
         "empty": "image,caption\n",
@@ -236,7 +224,7 @@ def test_wrong_data_is_reported_in_one_sentence(config: Path, tmp_path: Path, re
         "few": "of 2 images --validation 0.5 leaves too few",
     }
     for name, message in messages.items():
-        assert message in refusal(tmp_path / name, tmp_path / "run", **small(config, validation="0.5"))
+        assert message in refuse(monkeypatch, tmp_path / name, tmp_path / "run", **small(config, validation="0.5"))
         assert not (tmp_path / "run").exists()
 
 
@@ -263,17 +251,17 @@ def test_an_option_out_of_range_is_refused(flag: str, monkeypatch: pytest.Monkey
 
 
 def test_an_unusable_device_configuration_or_folder_is_refused(
-    shapes: Path, config: Path, tmp_path: Path, refusal: Callable[..., str]
+    shapes: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "--device gpu cannot be used" in refusal(shapes, tmp_path / "run", **small(config, device="gpu"))
+    assert "--device gpu cannot be used" in refuse(monkeypatch, shapes, tmp_path / "run", **small(config, device="gpu"))
     few = json.loads(config.read_text())
     few["text_config"] |= {"vocab_size": 1000, "bos_token_id": 998, "eos_token_id": 999}
     (tmp_path / "config.json").write_text(json.dumps(few))
-    said = refusal(shapes, tmp_path / "run", **small(tmp_path / "config.json"))
+    said = refuse(monkeypatch, shapes, tmp_path / "run", **small(tmp_path / "config.json"))
     assert "has room for 1000 tokens, the vocabulary has 49408" in said
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "model.safetensors").write_bytes(b"precious")
-    assert "holds a model already" in refusal(shapes, tmp_path / "old", **small(config))
+    assert "holds a model already" in refuse(monkeypatch, shapes, tmp_path / "old", **small(config))
     assert (tmp_path / "old" / "model.safetensors").read_bytes() == b"precious"
 
 
