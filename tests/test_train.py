@@ -118,8 +118,8 @@ def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(shapes: Path, 
     program = (
         "import signal, sys\n"
         f"sys.path.insert(0, {str(ROOT / 'training')!r})\n"
-        "import train\n"
-        "done = train.loss_of\n"
+        "import optimise, train\n"
+        "done = optimise.loss_of\n"
         "calls = []\n"
         "def loss_of(*arguments):\n"
         "    if arguments[-1] is not None:\n"
@@ -127,7 +127,7 @@ def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(shapes: Path, 
         "        if len(calls) == 3:\n"
         "            signal.raise_signal(signal.SIGINT)\n"
         "    return done(*arguments)\n"
-        "train.loss_of = loss_of\n"
+        "optimise.loss_of = loss_of\n"
         "train.main()\n"
     )
     stopped = run_python("-c", program, shapes, tmp_path / "part", *flags(**small(config)))
@@ -287,7 +287,7 @@ def test_losses_in_mixed_precision_stay_near_those_in_float32(
     curves = []
     for name, dtype in (("full", None), ("mixed", torch.bfloat16)):
         monkeypatch.setattr(train, "_Stop", lambda: argparse.Namespace(asked=False))  # Ctrl-C stays pytest's
-        monkeypatch.setattr(train, "mixed_precision", lambda device, dtype=dtype: dtype)
+        monkeypatch.setattr(optimise, "mixed_precision", lambda device, dtype=dtype: dtype)
         arguments = ["train.py", shapes, tmp_path / name, "--config", config, "--steps", "20", "--batch-size", "16"]
         arguments += ["--warmup", "2", "--every", "5", "--workers", "0", "--quiet"]
         monkeypatch.setattr(sys, "argv", list(map(str, arguments)))

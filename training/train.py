@@ -17,30 +17,12 @@ import json
 import signal
 from pathlib import Path
 
+import augment
+import data
+import optimise
 import shared
 import torch
-from augment import disguise, normalise, on_white
-from data import (
-    Batch,
-    Batches,
-    Captions,
-    Pairs,
-    collate,
-    has_contrast,
-    known_words,
-    read_captions,
-    split,
-    unknown_words,
-)
-from optimise import (
-    LOGIT_SCALE_LIMIT,
-    initialise,
-    learning_rate,
-    loss_of,
-    mixed_precision,
-    optimiser_for,
-    patches_to_keep,
-)
+from data import Batch, Captions
 from run_folder import RunFolder
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -65,17 +47,17 @@ def train(options: argparse.Namespace) -> None:
     """A whole run: data, model and optimiser, then the steps, then what is left in the folder."""
     torch.manual_seed(options.seed)
     device = usable_device(options.device)
-    captions = read_captions(options.data)
-    training, validation = split(captions, options.validation, options.seed)
-    if not has_contrast(training):
+    captions = data.read_captions(options.data)
+    training, validation = data.split(captions, options.validation, options.seed)
+    if not data.has_contrast(training):
         raise SystemExit(f"of {len(captions)} images --validation {options.validation} leaves too few to train on")
     folder = RunFolder(options)
     model, preprocess = new_model(options, captions, device)
-    optimiser = optimiser_for(model, options)
+    optimiser = optimise.optimiser_for(model, options)
     step = folder.resume(model, optimiser) if options.resume else 0
 
-    unknown = unknown_words(captions, model) if options.unknown_words else torch.zeros(0, dtype=torch.long)
-    batches = training_batches(Pairs(training, options, model, unknown.tolist()), training, options, step, device)
+    unknown = data.unknown_words(captions, model) if options.unknown_words else torch.zeros(0, dtype=torch.long)
+    batches = training_batches(training, options, model, unknown, start=step)
     held_out = validation_batch(validation, options, model)
     trainer = Trainer(model, preprocess, optimiser, unknown.to(device), options)
     if options.compile:
@@ -125,7 +107,7 @@ def new_model(
     else:
         model = miniclip.CLIP(architecture(options.config)).to(device)
         preprocess = miniclip.Preprocess(size=model.config.vision.image_size)
-        initialise(model, known_words(captions, model).to(device))
+        optimise.initialise(model, data.known_words(captions, model).to(device))
     model.requires_grad_(True).train()
     return model, preprocess
 
@@ -149,16 +131,16 @@ def architecture(name: str) -> CLIPConfig:
 
 
 def training_batches(
-    pairs: Pairs, captions: Captions, options: argparse.Namespace, start: int, device: torch.device
+    captions: Captions, options: argparse.Namespace, model: miniclip.CLIP, unknown: Tensor, start: int
 ) -> DataLoader[Batch | None]:
-    """The batches of the steps that are still to do, decoded by --workers processes."""
+    """The batches of the steps from ``start`` on, decoded by --workers processes."""
     return DataLoader(
-        pairs,
-        batch_sampler=Batches(captions, options.batch_size, options.seed, start, options.steps),
-        collate_fn=collate,
+        data.Pairs(captions, options, model, unknown.tolist()),
+        batch_sampler=data.Batches(captions, options.batch_size, options.seed, start, options.steps),
+        collate_fn=data.collate,
         num_workers=options.workers,
         worker_init_fn=_ignore_interrupts,
-        pin_memory=device.type == "cuda",
+        pin_memory=model.device.type == "cuda",
     )
 
 
@@ -166,9 +148,9 @@ def validation_batch(captions: Captions, options: argparse.Namespace, model: min
     """One batch of held-out images, the same at every validation."""
     if not captions:
         return None
-    pairs = Pairs(captions, options, model)
-    indices = Batches(captions, options.batch_size, options.seed, 0, 1).epoch(0)[0]
-    return collate([pairs[-1, index] for index in indices])
+    pairs = data.Pairs(captions, options, model)
+    indices = data.Batches(captions, options.batch_size, options.seed, 0, 1).epoch(0)[0]
+    return data.collate([pairs[-1, index] for index in indices])
 
 
 # -- one step ---------------------------------------------------------------------------------------------------------
@@ -188,7 +170,7 @@ class Trainer:
         self.model, self.preprocess, self.optimiser = model, preprocess, optimiser
         self.unknown, self.options = unknown, options
         self.patches = model.config.vision.grid**2
-        self.dtype = mixed_precision(model.device)
+        self.dtype = optimise.mixed_precision(model.device)
         self.generator = torch.Generator(model.device)
 
     def step(self, number: int, batch: Batch | None) -> Tensor:
@@ -198,12 +180,12 @@ class Trainer:
             raise SystemExit(f"fewer than two images of a batch of {options.batch_size} could be read")
         self.generator.manual_seed(options.seed * 1_000_003 + number)
         pixels, tokens = (tensor.to(model.device, non_blocking=True) for tensor in batch)
-        images = normalise(self.augment(number, pixels), self.preprocess)
-        keep = patches_to_keep(number, self.patches, options)
+        images = augment.normalise(self.augmented(number, pixels), self.preprocess)
+        keep = optimise.patches_to_keep(number, self.patches, options)
         for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(number, options)
+            group["lr"] = optimise.learning_rate(number, options)
         with torch.autocast(model.device.type, self.dtype, enabled=self.dtype is not None):
-            loss = loss_of(model, images, tokens, keep, self.generator)
+            loss = optimise.loss_of(model, images, tokens, keep, self.generator)
         if not loss.isfinite():
             raise SystemExit(f"the loss of step {number} is {loss.item()}: try a smaller --learning-rate")
         self.optimiser.zero_grad()
@@ -213,18 +195,18 @@ class Trainer:
         nn.utils.clip_grad_norm_(model.parameters(), options.clip)
         self.optimiser.step()
         with torch.no_grad():
-            model.logit_scale.clamp_(max=LOGIT_SCALE_LIMIT)
+            model.logit_scale.clamp_(max=optimise.LOGIT_SCALE_LIMIT)
         return loss.detach()
 
-    def augment(self, number: int, pixels: Tensor) -> Tensor:
+    def augmented(self, number: int, pixels: Tensor) -> Tensor:
         """(N, 4, S, S) uint8 -> (N, 3, S, S) RGB from 0 to 1. A growing share of the drawings is disguised."""
-        images = on_white(pixels)
+        images = augment.on_white(pixels)
         if self.options.augment == "photos":
             return images
         # Starts from none, because a tower that has seen nothing yet learns little from disguised drawings.
         share = 0.9 * min(1, number / (PLAIN_START * self.options.steps))
         chosen = torch.rand(len(images), 1, 1, 1, device=images.device, generator=self.generator) < share
-        return torch.where(chosen, disguise(pixels, self.generator, self.options.outlines), images)
+        return torch.where(chosen, augment.disguise(pixels, self.generator, self.options.outlines), images)
 
     @torch.no_grad()
     def validate(self, batch: Batch | None) -> float | None:
@@ -232,7 +214,8 @@ class Trainer:
         if batch is None:
             return None
         pixels, tokens = (tensor.to(self.model.device) for tensor in batch)
-        return loss_of(self.model, normalise(on_white(pixels), self.preprocess), tokens, self.patches, None).item()
+        images = augment.normalise(augment.on_white(pixels), self.preprocess)
+        return optimise.loss_of(self.model, images, tokens, self.patches, None).item()
 
 
 # -- signals ----------------------------------------------------------------------------------------------------------
