@@ -116,7 +116,7 @@ def measure_sets(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="a name, path or Hub repository (default: demo)")
-    parser.add_argument("--data", type=Path, default=ROOT / "emoji", help="made by emoji_data.py (default: emoji in this clone)")
+    parser.add_argument("--data", type=Path, default=ROOT / "emoji", help="from emoji_data.py (default: emoji)")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     options = parser.parse_args()
 
