@@ -1,13 +1,15 @@
-"""Draw where the image encoder looked for a prompt: the picture, and beside it a heat map for every prompt.
+"""Draw where the image encoder looked for a prompt: the image, and beside it one heat map per prompt.
 
-    python examples/attention.py                                        the demo model on sample pictures
+    python examples/attention.py                                        the demo model on three sample images
     python examples/attention.py photo.jpg "a dog" "a frisbee" --out frisbee.png
 
-The maps are transformer attributions after Chefer, Gur and Wolf (arXiv:2103.15679, section 3), not raw attention: in
-every block each attention probability is weighted by how much the prompt's logit would gain from it, what would lower
-the logit is dropped, the heads are averaged, and the blocks are chained along the residual connections. Raw attention
-is the same for all prompts; this is not. Each map is scaled to its own highest value, so the colours tell where the
-encoder looked within a picture, not how well the prompt fits: that is the cosine similarity, printed with each map.
+The maps are the transformer attributions of Chefer, Gur and Wolf (arXiv:2103.15679, section 3). Raw attention is the
+same for all prompts; an attribution is not. In every block, each attention probability is multiplied by its gradient:
+how much the prompt's logit would rise with it. Negative products are set to 0, the heads are averaged, and the blocks
+are chained along the residual connections.
+
+Each map is divided by its own maximum. The colours show where the encoder looked within an image, not how well the
+prompt fits. The cosine similarity above each map shows the fit.
 """
 
 import argparse
@@ -18,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import common
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -29,24 +30,28 @@ import miniclip
 from miniclip.layers import MultiheadAttention
 from miniclip.model import VisionTransformer
 
-matplotlib.use("Agg")  # a file is drawn, no window
-import matplotlib.pyplot as plt
+with common.needs("examples"):
+    import matplotlib
 
-plt.rcParams["text.parse_math"] = False  # a prompt may hold dollars
+    matplotlib.use("Agg")  # draws to a file, without a window
+    import matplotlib.pyplot as plt
+
+plt.rcParams["text.parse_math"] = False  # a prompt may contain dollar signs
 
 SAMPLES = {
     "cat.png": ("a cat", "a red heart"),
     "house.png": ("a house", "a tree"),
     "sailboat.png": ("a boat", "water"),
 }
-DRAWN = 512  # pixels of a drawn picture's side, at least
-COLOURS = "OrRd"  # light where there is nothing, and readable in print
+DRAWN = 512  # the least side of a drawn image, in pixels
+COLOURS = "OrRd"  # light at zero, and readable in print
+SIDE, GAP, TITLE, MARGIN = 2.3, 0.12, 0.42, 0.1  # inches
 
 
 def attention_probabilities(attention: MultiheadAttention, x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (L, N, W) -> how much every token takes from every other (N, heads, L, L), and the values (N, heads, L, d).
+    """x (L, N, W) -> the attention probabilities (N, heads, L, L) and the values (N, heads, L, d).
 
-    The model's own attention is fused and never has the first in memory.
+    The model's own attention is fused and never stores the probabilities.
     """
     length, batch, width = x.shape
     qkv = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)  # (L, N, 3W)
@@ -55,8 +60,8 @@ def attention_probabilities(attention: MultiheadAttention, x: Tensor) -> tuple[T
 
 
 def encode_image(visual: VisionTransformer, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """``visual.forward`` step by step: the embeddings (N, D), and every block's attention (N, heads, L, L)."""
-    # The parameters are frozen; autograd only records what follows from a tensor that requires a gradient.
+    """``visual.forward`` step by step. Returns the embeddings (N, D) and each block's attention (N, heads, L, L)."""
+    # The parameters are frozen, so autograd would record nothing unless the input requires a gradient.
     x = visual.ln_pre(visual.embed(pixels)).requires_grad_().transpose(0, 1)  # (L, N, W)
     attentions = []
     blocks: Iterable[Any] = visual.transformer.resblocks
@@ -69,7 +74,7 @@ def encode_image(visual: VisionTransformer, pixels: Tensor) -> tuple[Tensor, lis
 
 
 def relevance(attentions: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-    """How much each patch counts for the class token, (N, patches): equations 5 and 6, that token's row."""
+    """The relevance of each patch for the class token, (N, patches): its row in equations 5 and 6."""
     length = attentions[0].shape[-1]
     total = torch.eye(length, dtype=attentions[0].dtype, device=attentions[0].device)
     for attention, gradient in zip(attentions, gradients):
@@ -79,7 +84,7 @@ def relevance(attentions: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tens
 
 
 def heat_maps(model: miniclip.CLIP, pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """One picture (3, S, S) -> for every prompt a map (prompts, grid, grid), 1 at its highest, and the cosine."""
+    """One image (3, S, S) -> a map per prompt, (prompts, grid, grid), with maximum 1, and the cosines (prompts,)."""
     with torch.no_grad():
         tokens = miniclip.tokenize(prompts, model.context_length).to(model.device)
         texts = F.normalize(model.encode_text(tokens), dim=1)
@@ -95,17 +100,17 @@ def heat_maps(model: miniclip.CLIP, pixels: Tensor, prompts: Sequence[str]) -> t
     return (stacked / highest).cpu(), cosines.detach().cpu()
 
 
-def seen_square(preprocess: miniclip.Preprocess, photo: Image.Image) -> np.ndarray:
-    """The square that preprocessing cuts out, (side, side, 3) from 0 to 1: drawn finer than the model sees it."""
+def seen_square(preprocess: miniclip.Preprocess, image: Image.Image) -> np.ndarray:
+    """The square that preprocessing crops, (side, side, 3) from 0 to 1, at a higher resolution than the model's."""
     times = -(-DRAWN // preprocess.size)
     short = preprocess.shortest_edge and times * preprocess.shortest_edge
-    pixels = dataclasses.replace(preprocess, size=times * preprocess.size, shortest_edge=short)(photo)
+    pixels = dataclasses.replace(preprocess, size=times * preprocess.size, shortest_edge=short)(image)
     mean, std = (torch.tensor(values)[:, None, None] for values in (preprocess.mean, preprocess.std))
     return (pixels * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
 
 
 def overlay(square: np.ndarray, heat: Tensor) -> np.ndarray:
-    """The map over the picture in pale grey, whose lines show through: bicubic, as smooth as patches allow."""
+    """The map, enlarged with bicubic interpolation, over a pale grey version of the image."""
     side = len(square)
     heat = F.interpolate(heat[None, None], size=(side, side), mode="bicubic", align_corners=False)[0, 0].clamp(0, 1)
     grey = 0.5 + 0.5 * square @ np.array([0.299, 0.587, 0.114])
@@ -113,65 +118,66 @@ def overlay(square: np.ndarray, heat: Tensor) -> np.ndarray:
     return grey[..., None] * colour
 
 
-Row = tuple[np.ndarray, Sequence[str], Tensor, Tensor]  # a square, its prompts, their maps, their cosines
+Row = tuple[np.ndarray, Sequence[str], Tensor, Tensor]  # an image's square, its prompts, their maps, their cosines
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    side, gap, title, margin, bar = 2.3, 0.12, 0.46, 0.1, 0.75  # inches
+    """One row per image: the square that the model saw, then the map of each prompt. One colour bar for all."""
     columns = 1 + max(len(prompts) for _, prompts, _, _ in rows)
-    width = margin + columns * (side + gap) + bar
-    height = margin + len(rows) * (title + side) + margin
+    width = MARGIN + columns * (SIDE + GAP) + 0.75
+    height = len(rows) * (TITLE + SIDE + GAP)
     figure = plt.figure(figsize=(width, height), dpi=220)
 
-    def panel(row: int, column: int, picture: np.ndarray, words: str) -> None:
-        x, y = margin + column * (side + gap), height - margin - (row + 1) * (title + side)
-        axes = figure.add_axes((x / width, y / height, side / width, side / height))
-        axes.imshow(picture, interpolation="lanczos")
+    def panel(row: int, column: int, image: np.ndarray, words: str) -> None:
+        x, y = MARGIN + column * (SIDE + GAP), height - (row + 1) * (TITLE + SIDE) - row * GAP
+        axes = figure.add_axes((x / width, y / height, SIDE / width, SIDE / height))
+        axes.imshow(image, interpolation="lanczos")
         axes.set_xticks([])
         axes.set_yticks([])
         axes.spines[:].set(color="0.6", linewidth=0.6)
-        axes.set_title(words, fontsize=9, pad=4, linespacing=1.15)
+        axes.set_title(words, fontsize=10, pad=4, linespacing=1.15)
 
     for row, (square, prompts, maps, cosines) in enumerate(rows):
         panel(row, 0, square, "" if row else "what the model saw")
         for column, (prompt, heat, cosine) in enumerate(zip(prompts, maps, cosines), start=1):
-            words = textwrap.shorten(prompt, 70, placeholder=" …")
-            panel(row, column, overlay(square, heat), f"{textwrap.fill(words, 36)}\ncosine {cosine:.2f}")
-    x = margin + columns * (side + gap)
-    scale = figure.add_axes((x / width, 2 * margin / height, 0.12 / width, (side - margin) / height))
+            words = textwrap.fill(textwrap.shorten(prompt, 60, placeholder=" …"), 32)
+            number = f"{cosine:z.2f}".replace("-", "−")
+            panel(row, column, overlay(square, heat), f"{words}\ncosine {number}")
+    x = MARGIN + columns * (SIDE + GAP)
+    bar = figure.add_axes((x / width, GAP / height, 0.12 / width, (height - TITLE - GAP) / height))
     colours = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, 1), COLOURS)
-    figure.colorbar(colours, cax=scale, ticks=[0, 0.5, 1]).set_label("relevance / its maximum", fontsize=8)
-    scale.tick_params(labelsize=8)
-    figure.savefig(path, facecolor="white")
+    figure.colorbar(colours, cax=bar, ticks=[0, 0.5, 1]).set_label("relevance, divided by its maximum", fontsize=9)
+    bar.tick_params(labelsize=9)
+    figure.savefig(path, facecolor="white", bbox_inches="tight")  # a title of three lines is not cut off
     plt.close(figure)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("image", type=Path, nargs="?", help="a picture file (default: sample pictures)")
-    parser.add_argument("prompts", nargs="*", metavar="prompt", help="what to look for in it")
+    parser.add_argument("image", type=Path, nargs="?", help="an image file (default: sample images)")
+    parser.add_argument("prompts", nargs="*", metavar="prompt", help="what to look for in the image")
     parser.add_argument("--model", help="a name, path or Hub repository")
     parser.add_argument("--out", type=Path, default=Path("attention.png"), help="the PNG (default: attention.png)")
     options = parser.parse_args()
 
     if options.out.suffix.lower() != ".png":
-        raise SystemExit(f"{options.out}: the picture is a PNG, and its name should end in .png")
+        raise SystemExit(f"{options.out}: the figure is a PNG, so its name must end in .png")
     if not options.out.resolve().parent.is_dir():
         raise SystemExit(f"there is no folder {options.out.resolve().parent}")
     if options.image is not None and not options.prompts:
-        raise SystemExit(f"what to look for in {options.image}? Give a prompt, or several, behind it")
+        raise SystemExit(f"say what to look for in {options.image}: give one or more prompts after it")
     samples = {common.IMAGES / name: prompts for name, prompts in SAMPLES.items()}
     wanted = samples if options.image is None else {options.image: options.prompts}
-    photos = [miniclip.open_image(path) for path in wanted]
-    name = common.model_name(options.model, own_pictures=options.image is not None)
-    model, preprocess = miniclip.load(name, dtype=torch.float32)  # half precision would round small gradients to 0
+    images = [miniclip.open_image(path) for path in wanted]
+    name = common.model_name(options.model, own_images=options.image is not None)
+    model, preprocess = miniclip.load(name, dtype=torch.float32)  # float16 would round small gradients to 0
 
     rows = []
-    for photo, prompts in zip(photos, wanted.values()):
-        rows.append((seen_square(preprocess, photo), prompts, *heat_maps(model, preprocess(photo), prompts)))
+    for image, prompts in zip(images, wanted.values()):
+        rows.append((seen_square(preprocess, image), prompts, *heat_maps(model, preprocess(image), prompts)))
     draw(rows, options.out)
     print(f"{options.out}: {sum(len(prompts) for prompts in wanted.values())} heat maps")
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.main(main)

@@ -1,50 +1,65 @@
-"""What the examples share: the sample pictures, captioned folders, and which model is meant."""
+"""What the examples share: the sample images, folders of captioned images, the choice of a model, and messages."""
 
 import csv
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-
-_EXTRAS = {"ray": "ray", "pyarrow": "embed"}  # all other packages come with the extra examples
 
 
-def _say_what_is_missing(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if isinstance(error, ModuleNotFoundError):
-        script, extra = Path(sys.argv[0]).name, _EXTRAS.get(error.name or "", "examples")
-        print(f'{script}: the package {error.name} is missing: pip install "miniclip[{extra}]"', file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
+@contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Around the imports of packages that an optional extra installs: name a missing one in a single sentence."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"{script_name()}: {missing(error, extra)}") from None
 
 
-# Not in ``run``, because the scripts import what they need before they get that far.
-sys.excepthook = _say_what_is_missing
+def missing(error: ModuleNotFoundError, extra: str) -> str:
+    return f'the package {error.name} is missing: in a clone, run pip install -c constraints.txt -e ".[{extra}]"'
 
-import miniclip  # noqa: E402
+
+def script_name() -> str:
+    return Path(sys.argv[0]).name
+
+
+with needs("examples"):
+    import miniclip
 
 IMAGES = Path(__file__).parent / "images"
 
 
-def model_name(given: str | None, own_pictures: bool) -> str:
-    """The demo model is for the sample pictures; on anybody's own, the real one is meant unless another is named."""
+def model_name(given: str | None, own_images: bool) -> str:
+    """The name of the model to load: the given one, else ViT-B/32 for the user's images and demo for the samples."""
     if given:
         return given
-    if own_pictures:
+    if own_images:
         return "ViT-B/32"
-    print("the demo model on examples/images; --model ViT-B/32 takes the real one", file=sys.stderr)
+    print("the demo model on examples/images; use --model ViT-B/32 for a real one", file=sys.stderr)
     return "demo"
 
 
 def read_captions(folder: Path) -> dict[str, list[str]]:
-    """A folder's captions.csv, with the columns image and caption, as picture -> its captions, in the file's order."""
+    """Read captions.csv, which has the columns image and caption.
+
+    Args:
+        folder: the folder of the images and of captions.csv. An image with several captions has several rows.
+
+    Returns:
+        For each image, named relative to the folder, its captions. Both are in the order of the file.
+
+    Raises:
+        SystemExit: if captions.csv is missing or malformed, lists nothing, or lists an image that does not exist.
+    """
     path = folder / "captions.csv"
     captions: dict[str, list[str]] = {}
     if not folder.is_dir():
         raise SystemExit(f"{folder} is not a folder")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            for number, row in enumerate(csv.DictReader(file), start=2):  # the first line is the heading
+            for number, row in enumerate(csv.DictReader(file), start=2):  # line 1 is the heading
                 if None in row:
                     raise SystemExit(f'{path} has a comma too many in line {number}: put a caption with commas in "')
                 if not row["image"] or not row["caption"]:
@@ -59,26 +74,27 @@ def read_captions(folder: Path) -> dict[str, list[str]]:
     except (OSError, csv.Error) as error:
         raise SystemExit(f"{path} cannot be read ({error})") from None
     if not captions:
-        raise SystemExit(f"{path} lists no pictures")
+        raise SystemExit(f"{path} lists no images")
     if absent := [name for name in captions if not os.path.isfile(folder / name)]:
-        raise SystemExit(f"{path} lists {len(absent)} pictures that are not there, the first is {absent[0]}")
+        raise SystemExit(f"{path} lists {len(absent)} images that do not exist, the first is {absent[0]}")
     return captions
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a script; what goes wrong for a reason is one sentence after its name, not a traceback."""
-    script = Path(sys.argv[0]).name
+def main(script_main: Callable[[], None]) -> None:
+    """Run a script. An expected error becomes one sentence behind the script's name, without a traceback."""
     try:
-        main()
+        script_main()
+    except ModuleNotFoundError as error:  # some packages are imported only where they are used
+        sys.exit(f"{script_name()}: {missing(error, 'examples')}")
     except miniclip.MiniclipError as error:
-        sys.exit(f"{script}: {error}")
+        sys.exit(f"{script_name()}: {error}")
     except SystemExit as stopped:
-        sys.exit(f"{script}: {stopped.code}" if isinstance(stopped.code, str) else stopped.code)
+        sys.exit(f"{script_name()}: {stopped.code}" if isinstance(stopped.code, str) else stopped.code)
     except KeyboardInterrupt:
-        print(f"{script}: interrupted", file=sys.stderr)
+        print(f"{script_name()}: interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
-        # Whoever read our output has had enough, as `head` does. Python would complain once more at exit.
+        # The reader of the output closed the pipe, as `head` does. Python would report the error again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:  # no room, no permission
-        sys.exit(f"{script}: {error}")
+    except OSError as error:  # such as a full disk or a missing permission
+        sys.exit(f"{script_name()}: {error}")

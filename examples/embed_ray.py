@@ -1,7 +1,7 @@
 """``miniclip embed`` on a Ray cluster: the same list of images, the same shards, the same folder.
 
-    pip install "miniclip[ray]"
-    python examples/embed_ray.py photos --out vectors                        a local Ray on this machine
+    pip install -c constraints.txt -e ".[ray]"
+    python examples/embed_ray.py photos --out vectors                        a Ray of this machine's own
     python examples/embed_ray.py /mnt/photos --out /mnt/vectors --address auto --actors 16 --gpus 0.5
 
 Each actor holds one model. It gets the number of a shard, writes that shard, and takes the next. If an actor dies, Ray
@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import common
-import ray
-import ray.data
 import torch
 
 import miniclip
@@ -29,6 +27,10 @@ from miniclip.manifest import canonical_name, run_settings
 from miniclip.shard_files import Shard
 from miniclip.sources import ImageSource, list_images
 from miniclip.store import EmbeddingStore
+
+with common.needs("ray"):
+    import ray
+    import ray.data
 
 RETRIES = 4  # of a shard whose actor dies. Machines may fail, but if five actors die, the shard itself is the reason.
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -149,4 +151,4 @@ def embed_pending(store: EmbeddingStore, model: str, dtype: torch.dtype, options
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.main(main)

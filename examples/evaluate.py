@@ -1,13 +1,14 @@
-"""Zero-shot accuracy: how many of a data set's pictures does a model put in the right class?
+"""Zero-shot accuracy: the share of a data set's images that a model puts into the right class.
 
     python examples/evaluate.py                                the demo model on examples/images
     python examples/evaluate.py cifar10 --model ViT-B/32       downloaded from the Hub, shard by shard
-    python examples/evaluate.py my_photos                      my_photos/cat/*.jpg, my_photos/hot_dog/*.jpg, …
+    python examples/evaluate.py my_images                      my_images/cat/*.jpg, my_images/hot_dog/*.jpg, …
 
-On the Hub it reads the test sets that LAION's CLIP_benchmark keeps there: imagenet1k (several GB), cifar10, cifar100,
-stl10 and food101, or any other by its full name, such as clip-benchmark/wds_sun397. They bring their own class names
-and templates. A folder of the same shape is read like them, one with a captions.csv (image,caption) has a class for
-every caption, and in any other the subfolders are the classes. A picture that cannot be read is left out and counted.
+The Hub has the test sets of LAION's CLIP_benchmark: imagenet1k (several GB), cifar10, cifar100, stl10 and food101. Any
+other is read by its full name, such as clip-benchmark/wds_sun397. These data sets come with class names and templates.
+
+A folder can have one of three forms. It has the same files as a data set on the Hub, or a captions.csv (image,caption)
+in which each caption is a class, or one subfolder for each class. Unreadable images are left out and counted.
 """
 
 import argparse
@@ -27,12 +28,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 import miniclip
 from miniclip.hub import ALIASES
 
-# CLIP_benchmark took its CIFARs from VTAB, and the names of their repositories say so.
+with common.needs("examples"):
+    from tqdm import tqdm
+
+# CLIP_benchmark took the two CIFARs from VTAB, hence the names of their repositories.
 REPOSITORIES = {
     "imagenet1k": "clip-benchmark/wds_imagenet1k",
     "cifar10": "clip-benchmark/wds_vtab-cifar10",
@@ -40,7 +43,7 @@ REPOSITORIES = {
     "stl10": "clip-benchmark/wds_stl10",
     "food101": "clip-benchmark/wds_food101",
 }
-# Top-1 on the whole test set, in percent, from the results that open_clip publishes for OpenAI's weights.
+# Top-1 accuracy on the whole test set, in percent, as published by open_clip for OpenAI's weights.
 PUBLISHED = {
     "ViT-B/32": {"imagenet1k": 63.3, "cifar10": 89.8, "cifar100": 64.2, "stl10": 97.1, "food101": 84.0},
     "ViT-B/16": {"imagenet1k": 68.3, "cifar10": 90.8, "cifar100": 67.0, "stl10": 98.3, "food101": 88.7},
@@ -49,22 +52,24 @@ PUBLISHED_SOURCE = "open_clip's results"
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 TIMEOUT_SECONDS = 5
 
-Sample = tuple[Path | bytes, int]  # a picture's file, or what stands in it, and the index of its class
+Sample = tuple[Path | bytes, int]  # an image's file or its contents, and the index of its class
 
 
 @dataclass
 class DataSet:
+    """Classes, prompt templates with {} for the class, and samples, which are read when they are needed."""
+
     name: str
     classes: list[str]
     templates: list[str]
     samples: Iterator[Sample]
 
 
-# -- where the pictures come from -------------------------------------------------------------------------------------
+# -- sources of images ------------------------------------------------------------------------------------------------
 
 
 def open_data_set(given: str) -> DataSet:
-    """An existing folder, one of the names above, or a repository of the Hub."""
+    """Open an existing folder, one of REPOSITORIES, or any other repository of the Hub."""
     folder = Path(given).expanduser()
     if folder.is_dir():
         if any((folder / name).exists() for name in ("classnames.txt", "test/nshards.txt")):
@@ -78,12 +83,12 @@ def open_data_set(given: str) -> DataSet:
 
 
 def shards(name: str, find: Callable[[str], Path]) -> DataSet:
-    """CLIP_benchmark's shape; ``find`` gives a file by its name in the data set."""
+    """A data set in CLIP_benchmark's form. ``find`` returns the path of a file of the data set."""
     classes = read_text(find("classnames.txt")).rstrip().splitlines()
     templates = read_text(find("zeroshot_classification_templates.txt")).split("\n")
     count = read_text(find("test/nshards.txt")).strip()
     if not count.isdecimal():
-        raise SystemExit(f"test/nshards.txt of {name} should hold the number of shards, not {count!r}")
+        raise SystemExit(f"test/nshards.txt of {name} should contain the number of shards, not {count!r}")
     return DataSet(
         name,
         [line.strip() for line in classes],
@@ -93,7 +98,7 @@ def shards(name: str, find: Callable[[str], Path]) -> DataSet:
 
 
 def shard_samples(path: Path, classes: int) -> Iterator[Sample]:
-    """The members of one sample follow each other, and share their name up to the first dot."""
+    """The samples of a tar file. The files of one sample are neighbours, and their names differ in the suffix only."""
     key, parts = "", dict[str, bytes]()
     try:
         with tarfile.open(path, "r:") as shard:
@@ -112,28 +117,29 @@ def shard_samples(path: Path, classes: int) -> Iterator[Sample]:
 
 
 def sample(name: str, parts: dict[str, bytes], classes: int) -> Sample:
-    picture = next((parts[kind] for kind in parts if kind in SUFFIXES), None)
-    if picture is None or ".cls" not in parts:
-        raise SystemExit(f"{name} should be a picture and its .cls, and is {' and '.join(parts)}")
+    """The sample made of these files, given by suffix. ``name`` is for error messages."""
+    image = next((parts[kind] for kind in parts if kind in SUFFIXES), None)
+    if image is None or ".cls" not in parts:
+        raise SystemExit(f"{name} should be an image and its .cls, but is {' and '.join(parts)}")
     try:
         index = int(parts[".cls"])
     except ValueError:
-        raise SystemExit(f"{name}.cls should hold a number, not {parts['.cls'][:20]!r}") from None
+        raise SystemExit(f"{name}.cls should contain a number, not {parts['.cls'][:20]!r}") from None
     if not 0 <= index < classes:
         raise SystemExit(f"{name}.cls says class {index}, but classnames.txt has {classes}, 0 to {classes - 1}")
-    return picture, index
+    return image, index
 
 
 def captioned(folder: Path) -> DataSet:
-    """Every picture's first caption is its class."""
+    """The first caption of each image is its class."""
     captions = {name: lines[0] for name, lines in common.read_captions(folder).items()}
     classes = list(dict.fromkeys(captions.values()))
-    pictures = ((folder / name, classes.index(caption)) for name, caption in captions.items())
-    return DataSet(str(folder), classes, ["{}"], pictures)
+    samples = ((folder / name, classes.index(caption)) for name, caption in captions.items())
+    return DataSet(str(folder), classes, ["{}"], samples)
 
 
 def class_folders(folder: Path) -> DataSet:
-    """Every subfolder is a class; an underscore in its name is a space."""
+    """Every subfolder is a class. Its name is that of the folder, with spaces for underscores."""
     folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     found = [
         (path, index)
@@ -142,7 +148,7 @@ def class_folders(folder: Path) -> DataSet:
         if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
     ]
     if not found:
-        raise SystemExit(f"{folder} has no subfolders with pictures, and neither a classnames.txt nor a captions.csv")
+        raise SystemExit(f"{folder} has no subfolders with images, no classnames.txt and no captions.csv")
     names = [path.name.replace("_", " ") for path in folders]
     return DataSet(str(folder), names, ["a photo of a {}."], iter(found))
 
@@ -154,21 +160,21 @@ def local(folder: Path, name: str) -> Path:
 
 
 def download(repo: str, name: str) -> Path:
-    """A file of a data set on the Hub, from its cache where it is there."""
+    """The path of a file of a data set on the Hub, in the local cache. Downloads the file if it is not cached."""
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
     try:
         if isinstance(cached := try_to_load_from_cache(repo, name, repo_type="dataset"), str):
             return Path(cached)
-        # Asked first, because hf_hub_download retries for half a minute before it reports a dead network.
+        # This fails at once without a network, while hf_hub_download would retry for half a minute.
         get_hf_file_metadata(hf_hub_url(repo, name, repo_type="dataset"), timeout=TIMEOUT_SECONDS)
         return Path(hf_hub_download(repo, name, repo_type="dataset"))
-    except Exception as error:  # the errors of the client's versions share no base
+    except Exception as error:  # the client's errors have no common base class in all versions
         if isinstance(error, errors.RepositoryNotFoundError):
             raise SystemExit(f"the Hub has no data set {repo}, or it needs a token in HF_TOKEN") from None
         if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
             raise SystemExit(f"{repo} has no {name}") from None
-        reason = " ".join(str(error).split())[:200]  # some go on for paragraphs
+        reason = " ".join(str(error).split())[:200]  # some messages are paragraphs long
         raise SystemExit(f"{name} of {repo} is not in the cache and could not be downloaded ({reason})") from None
 
 
@@ -179,17 +185,20 @@ def read_text(path: Path) -> str:
         raise SystemExit(f"{path} cannot be read ({error})") from None
 
 
-# -- counting ---------------------------------------------------------------------------------------------------------
+# -- accuracy ---------------------------------------------------------------------------------------------------------
 
 
-def pixels(picture: Path | bytes, preprocess: miniclip.Preprocess) -> Tensor | None:
-    """(3, S, S), or None for what cannot be read. A shard's picture is opened as for the published figures."""
+def pixels(image: Path | bytes, preprocess: miniclip.Preprocess) -> Tensor | None:
+    """The preprocessed image (3, S, S), or None if it cannot be read.
+
+    An image of a shard is opened as in CLIP_benchmark, without EXIF rotation, so that the published numbers compare.
+    """
     try:
-        if isinstance(picture, Path):
-            return preprocess(miniclip.open_image(picture))
-        with Image.open(io.BytesIO(picture)) as opened:
+        if isinstance(image, Path):
+            return preprocess(miniclip.open_image(image))
+        with Image.open(io.BytesIO(image)) as opened:
             return preprocess(opened.convert("RGB"))
-    except Exception:  # in a damaged file Pillow's decoders trip over anything
+    except Exception:  # Pillow's decoders raise many kinds of exception on damaged files
         return None
 
 
@@ -197,11 +206,11 @@ def pixels(picture: Path | bytes, preprocess: miniclip.Preprocess) -> Tensor | N
 def evaluate(
     model: miniclip.CLIP, preprocess: miniclip.Preprocess, data: DataSet, batch_size: int, limit: int | None
 ) -> dict[str, int]:
-    """How many pictures there were, could not be read, and had their class ranked first or among the first five."""
-    # ImageNet has two classes named "missile": encoded once, and both stay in the ranking, the lower index first.
+    """Counts of readable images, unreadable images, and images with the right class first or among the first five."""
+    # ImageNet has two classes called "missile". It is encoded once. Both stay in the ranking, in their order.
     labels = list(dict.fromkeys(data.classes))
     classifier = miniclip.ZeroShotClassifier(model, preprocess, labels, data.templates)
-    # In float32, because half precision makes ties of close similarities.
+    # In float32, because half precision would round close similarities to ties.
     weights = classifier.weights[[labels.index(name) for name in data.classes]].float()  # (classes, D)
 
     counts = {"images": 0, "unreadable": 0, "top1": 0, "top5": 0}
@@ -225,13 +234,13 @@ def evaluate(
     if not counts["images"]:
         unread = counts["unreadable"]
         raise SystemExit(
-            f"none of the {unread} pictures of {data.name} could be read" if unread else f"{data.name} has no pictures"
+            f"none of the {unread} images of {data.name} could be read" if unread else f"{data.name} has no images"
         )
     return counts
 
 
 def published(model: str, data: DataSet) -> float | None:
-    """The known figure, for OpenAI's models by name and the Hub's data sets; a path is whatever lies there."""
+    """The published accuracy, if the model is one of OpenAI's by name (not a path) and the data set is on the Hub."""
     if Path(model).expanduser().exists():
         return None
     figures = PUBLISHED.get(ALIASES.get(model, model), {})
@@ -242,17 +251,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", nargs="?", help="a folder, a name or a Hub data set (default: examples/images)")
     parser.add_argument("--model", help="a name, path or Hub repository")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: CUDA where there is one)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda if available)")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16", "float64"])
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="pictures at a time (default: 64)")
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N pictures; many sets are in class order")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images per batch (default: 64)")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N images; many sets are sorted by class")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     options = parser.parse_args()
     if options.batch_size < 1 or (options.limit is not None and options.limit < 1):
         parser.error("--batch-size and --limit must be at least 1")
 
     data = open_data_set(options.dataset or str(common.IMAGES))
-    name = common.model_name(options.model, own_pictures=options.dataset is not None)
+    name = common.model_name(options.model, own_images=options.dataset is not None)
     dtype = getattr(torch, options.dtype) if options.dtype else None
     model, preprocess = miniclip.load(name, options.device, dtype=dtype)
     print(f"{len(data.classes)} classes with {len(data.templates)} prompts each", file=sys.stderr)
@@ -260,7 +269,7 @@ def main() -> None:
 
     images, unreadable = counts["images"], counts["unreadable"]
     top1 = counts["top1"] / images
-    top5 = counts["top5"] / images if len(data.classes) > 5 else None  # of five classes, any is among the first five
+    top5 = counts["top5"] / images if len(data.classes) > 5 else None  # with five classes, top-5 is always 100 %
     figure = published(name, data)
     if options.json:
         result = {"dataset": data.name, "model": name, "classes": len(data.classes), "images": images}
@@ -278,4 +287,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.main(main)

@@ -18,9 +18,11 @@ from itertools import combinations_with_replacement, islice
 import common
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import miniclip
+
+with common.needs("examples"):
+    from tqdm import tqdm
 
 ROWS = 2048
 
@@ -88,4 +90,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.main(main)

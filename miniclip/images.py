@@ -123,7 +123,8 @@ def _open(file: str | os.PathLike[str] | BinaryIO, name: object) -> Image.Image:
     try:
         from pillow_heif import register_heif_opener
     except ImportError:
-        raise ImageError(name, 'is a HEIF image, which needs a plugin: pip install -c constraints.txt -e ".[heif]"') from None
+        install = 'pip install -c constraints.txt -e ".[heif]"'
+        raise ImageError(name, f"is a HEIF image, which needs a plugin: {install}") from None
     register_heif_opener()
     return Image.open(file)
 

@@ -1,4 +1,4 @@
-"""examples/emoji_data.py on small npm packages, and the arithmetic of examples/demo_quality.py."""
+"""training/emoji_data.py on small npm packages, and the arithmetic of training/demo_quality.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import io
 import itertools
 import json
 import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -16,12 +15,11 @@ import emoji_data
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT
+from helpers import run_script
 from PIL import Image
 
 import miniclip
 
-EXAMPLES = ROOT / "examples"
 ENTRIES = [
     {"hexcode": "1F355", "label": "pizza", "tags": ["cheese", "slice"], "group": 4},
     {"hexcode": "1F1EB-1F1F7", "label": "flag: France", "tags": ["FR", "flag"], "group": 9},
@@ -45,7 +43,7 @@ def document(value: object) -> bytes:
 
 @pytest.fixture
 def packages(tmp_path: Path) -> Path:
-    """What npm would have fetched, in miniature."""
+    """Small packages in place of those that npm would download."""
     icons = {"prefix": "x", "width": 32, "height": 32, "icons": {"pizza": {"body": SVG}}}
     icons["aliases"] = {"slice": {"parent": "pizza"}, "umbrella": {"parent": "pizza", "hFlip": True}}
     flags = {**icons, "icons": {"pizza-2": {"body": SVG}, "flag-for-france": {"body": SVG}, "empty": {"body": ""}}}
@@ -75,8 +73,7 @@ def packages(tmp_path: Path) -> Path:
 
 
 def make(out: Path, packages: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(EXAMPLES / "emoji_data.py"), str(out), "--packages", str(packages)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return run_script("training/emoji_data.py", out, "--packages", packages)
 
 
 def rows(folder: Path) -> dict[str, list[str]]:
@@ -87,12 +84,13 @@ def rows(folder: Path) -> dict[str, list[str]]:
     return captions
 
 
-def test_the_folders(packages: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_each_folder_holds_the_images_and_captions_of_its_sets(packages: Path, tmp_path: Path) -> None:
     done = make(tmp_path / "emoji", packages)
     assert done.returncode == 0, done.stderr
     train = rows(tmp_path / "emoji" / "train")
     assert {name for name in train if name.startswith("google/")} == {"google/1f355.png", "google/2602.png"}
-    # By the name of the icon, its number dropped; a flag by its country; no mirrored alias and no empty drawing.
+    # An icon is found by its name without a number, a flag by its country. Mirrored aliases and empty drawings are not.
     assert {name for name in train if name.startswith("emojione/")} == {
         "emojione/1f355.png",
         "emojione/1f1eb-1f1f7.png",
@@ -106,8 +104,8 @@ def test_the_folders(packages: Path, tmp_path: Path) -> None:
         assert captions[0] in names
         assert len(captions) >= 8
         assert len(set(captions)) == len(captions)
-        with Image.open(tmp_path / "emoji" / "train" / name) as picture:
-            assert (picture.size, picture.mode) == ((64, 64), "RGBA")
+        with Image.open(tmp_path / "emoji" / "train" / name) as image:
+            assert (image.size, image.mode) == ((64, 64), "RGBA")
     every = [caption for captions in train.values() for caption in captions]
     assert any("slice of pizza" in caption for caption in every)  # the Unicode name beside the label
     prompts = {template.replace("{}", "a pizza") for template in demo_quality.TEMPLATES}
@@ -117,7 +115,7 @@ def test_the_folders(packages: Path, tmp_path: Path) -> None:
     assert (tmp_path / "again" / "train" / "captions.csv").read_bytes() == before
 
 
-def test_no_template_is_both_trained_and_measured_with() -> None:
+def test_training_and_measuring_share_no_template() -> None:
     def bare(template: str) -> str:
         return template.replace("{a}", "{}").replace("{name}", "{}").rstrip(".")
 
@@ -142,11 +140,12 @@ def test_no_template_is_both_trained_and_measured_with() -> None:
         ("man running: facing right", "a man running facing right"),
     ],
 )
-def test_labels_as_a_person_would_say_them(label: str, phrase: str) -> None:
+def test_labels_become_spoken_english(label: str, phrase: str) -> None:
     assert emoji_data.with_article(emoji_data.spoken(label)) == phrase
 
 
-def test_what_is_wrong_with_a_package_is_a_sentence(
+@pytest.mark.slow
+def test_a_damaged_or_missing_package_is_reported_in_one_sentence(
     packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = emoji_data.tarball(packages, "openmoji")
@@ -160,20 +159,20 @@ def test_what_is_wrong_with_a_package_is_a_sentence(
     path.unlink()
     monkeypatch.setenv("PATH", "")
     done = make(tmp_path / "emoji", packages)
-    assert "lacks openmoji-17.0.0.tgz, and there is no npm to fetch it" in done.stderr
+    assert "lacks openmoji-17.0.0.tgz, and npm is not installed" in done.stderr
 
 
-def test_ranks_and_recall() -> None:
+def test_a_rank_counts_the_better_columns_and_the_ties() -> None:
     similarity = torch.tensor([[0.9, 0.1, 0.5], [0.9, 0.8, 0.1], [0.3, 0.3, 0.3]])
     right = torch.tensor([0, 1, 2])
     rank = demo_quality.ranks(similarity, right)
-    assert rank.tolist() == [1, 2, 3]  # a tie counts against it
+    assert rank.tolist() == [1, 2, 3]  # a tie counts against the model
     assert demo_quality.recall(rank, 1) == pytest.approx(1 / 3)
     assert demo_quality.recall(rank, 2) == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("labels", [2, 3, 4])
-def test_the_chance_among_a_few_labels_is_that_of_trying_all(labels: int) -> None:
+def test_the_accuracy_among_a_few_labels_is_the_mean_over_all_draws(labels: int) -> None:
     scores = torch.tensor([0.5, 0.2, 0.9, 0.1, 0.4, 0.3])
     for right in range(6):
         others = [i for i in range(6) if i != right]
@@ -183,8 +182,8 @@ def test_the_chance_among_a_few_labels_is_that_of_trying_all(labels: int) -> Non
         assert demo_quality.accuracy(rank, 6, labels) == pytest.approx(expected)
 
 
-def test_every_column_is_measured() -> None:
-    """Ten pictures that all lie nearest to text 0: each finds its own second, and each text finds its own first."""
+def test_measure_fills_every_column() -> None:
+    """All ten images lie nearest to text 0: each finds its own text second, and each text finds its own image first."""
     texts = torch.eye(10)
     images = F.normalize(torch.eye(10) + 2 * texts[0], dim=1)
     values = demo_quality.measure(images, texts, torch.arange(10))
@@ -194,27 +193,20 @@ def test_every_column_is_measured() -> None:
             "image→text R@5": 1.0,
             "text→image R@1": 1.0,
             "text→image R@5": 1.0,
-            "50-way": 0.1,  # of the ten there are
+            "50-way": 0.1,  # of the ten that exist
             "10-way": 0.1,
         }
     )
 
 
-def test_the_measuring_command(packages: Path, tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_demo_quality_equals_a_zero_shot_classifier(packages: Path, tiny: Path, tmp_path: Path) -> None:
     assert make(tmp_path / "emoji", packages).returncode == 0
-    command = [
-        sys.executable,
-        str(EXAMPLES / "demo_quality.py"),
-        "--model",
-        str(tiny),
-        "--data",
-        str(tmp_path / "emoji"),
-    ]
-    command += ["--json", str(tmp_path / "q.json")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    arguments = ["--model", tiny, "--data", tmp_path / "emoji", "--json", tmp_path / "q.json"]
+    done = run_script("training/demo_quality.py", *arguments)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "q.json").read_text())
-    # The same by hand for Twemoji's two pictures, one prompt at a time.
+    # The same with the classifier of the library, for the two images of Twemoji.
     model, preprocess = miniclip.load(tiny, "cpu")
     names = [emoji_data.with_article(name) for name in (tmp_path / "emoji" / "names.txt").read_text().splitlines()]
     classifier = miniclip.ZeroShotClassifier(model, preprocess, names, demo_quality.TEMPLATES)
@@ -222,6 +214,6 @@ def test_the_measuring_command(packages: Path, tiny: Path, tmp_path: Path) -> No
     for name, captions in rows(tmp_path / "emoji" / "twemoji").items():
         answer = classifier(miniclip.open_image(tmp_path / "emoji" / "twemoji" / name))
         hits += answer[0][0] == emoji_data.with_article(captions[0])
-    assert list(result["sets"]["Twemoji"]) == ["pictures", *demo_quality.COLUMNS]
-    assert result["sets"]["Twemoji"]["pictures"] == 2
+    assert list(result["sets"]["Twemoji"]) == ["images", *demo_quality.COLUMNS]
+    assert result["sets"]["Twemoji"]["images"] == 2
     assert result["sets"]["Twemoji"]["image→text R@1"] == hits / 2

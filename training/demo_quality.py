@@ -1,10 +1,11 @@
-"""How well the demo model knows emoji drawn by artists it has never seen: the numbers of its model card.
+"""Measure how well the demo model knows emoji by artists it has never seen. Prints the numbers of its model card.
 
-    python examples/demo_quality.py                    makes the data with examples/emoji_data.py where it is missing
-    python examples/demo_quality.py --model runs/mine  the same of another model
+    python training/demo_quality.py                     runs emoji_data.py first, if the data does not exist
+    python training/demo_quality.py --model runs/mine   measures another model
 
-Two sets were held out of its training whole: Twemoji (ordinary colour pictures) and OpenMoji (thin black outlines, and
-the same drawings with colours). An entry's text is the mean of its prompts, which use templates that training did not.
+Two sets were never trained on: Twemoji (ordinary colour images) and OpenMoji (thin black outlines, and the same
+drawings in colour). The text vector of an emoji is the mean over several prompts. Their templates were not used in
+training.
 """
 
 import argparse
@@ -18,8 +19,8 @@ import sys
 from datetime import date
 from pathlib import Path
 
-import common
 import emoji_data
+import shared
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,25 +45,27 @@ def text_features(model: miniclip.CLIP, names: list[str]) -> Tensor:
 
 @torch.no_grad()
 def image_features(model: miniclip.CLIP, preprocess: miniclip.Preprocess, paths: list[Path]) -> Tensor:
-    """One unit vector per picture, (pictures, D)."""
+    """One unit vector per image, (images, D)."""
     batches = (paths[start : start + 64] for start in range(0, len(paths), 64))
     features = [model.encode_image(preprocess([miniclip.open_image(path) for path in batch])) for batch in batches]
     return F.normalize(torch.cat(features).float(), dim=1)
 
 
 def ranks(similarity: Tensor, right: Tensor) -> Tensor:
-    """For every row the rank of its right column, (rows,), 1 being the best; a tie counts against it."""
+    """The rank of the right column in each row, (rows,). The best rank is 1, and a tie counts against the model."""
     return (similarity >= similarity.gather(1, right[:, None])).sum(dim=1)
 
 
 def recall(rank: Tensor, k: int) -> float:
+    """The share of ranks up to k."""
     return (rank <= k).double().mean().item()
 
 
 def accuracy(rank: Tensor, candidates: int, labels: int) -> float:
-    """The chance that the right label wins among ``labels``, the others drawn at random from the candidates.
+    """The accuracy of a choice between ``labels`` labels: the right one, and others drawn at random.
 
-    Not sampled: a label of rank r wins if all the others come from the ``candidates - r`` that it beats.
+    This is the exact mean over all draws, without sampling. The right label has rank r among all ``candidates``. It
+    wins a draw if all other labels come from the ``candidates - r`` that rank below it.
     """
     labels = min(labels, candidates)
     draws = math.comb(candidates - 1, labels - 1)
@@ -71,17 +74,17 @@ def accuracy(rank: Tensor, candidates: int, labels: int) -> float:
 
 
 def measure(images: Tensor, texts: Tensor, right: Tensor) -> dict[str, float]:
-    """Every column for one set: ``right`` is the entry of each picture."""
-    similarity = images @ texts.T  # (pictures, entries)
+    """All columns of the table for one set. ``right`` (images,) holds the index of each image's text."""
+    similarity = images @ texts.T  # (images, texts)
     of_image = ranks(similarity, right)
-    of_text = ranks(similarity.T[right], torch.arange(len(right)))  # among the pictures of this set
+    of_text = ranks(similarity.T[right], torch.arange(len(right)))  # among the images of this set
     values = (recall(of_image, 1), recall(of_image, 5), recall(of_text, 1), recall(of_text, 5))
     ways = (accuracy(of_image, len(texts), 50), accuracy(of_image, len(texts), 10))
     return dict(zip(COLUMNS, (*values, *ways), strict=True))
 
 
 def checksum(model: miniclip.CLIP) -> str:
-    """What tells this model's parameters from any others."""
+    """A SHA-256 over all parameters, in float32."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode() + value.float().numpy().tobytes())
@@ -89,42 +92,50 @@ def checksum(model: miniclip.CLIP) -> str:
 
 
 def entries_of(folder: Path) -> dict[str, str]:
-    """picture -> the name of its entry, which is its first caption."""
+    """The first caption of each image, which is the name of its emoji."""
     with (folder / "captions.csv").open(newline="", encoding="utf-8") as file:
         return {row["image"]: row["caption"] for row in reversed(list(csv.DictReader(file)))}
+
+
+def measure_sets(
+    model: miniclip.CLIP, preprocess: miniclip.Preprocess, names: list[str], data: Path
+) -> dict[str, dict[str, float]]:
+    """The rows of the table, by title."""
+    texts = text_features(model, names)
+    table = {}
+    for title, folder in SETS.items():
+        entries = entries_of(data / folder)
+        if strange := set(entries.values()) - set(names):
+            raise SystemExit(f"{data / folder} has captions that names.txt lacks, such as {strange.pop()!r}")
+        images = image_features(model, preprocess, [data / folder / name for name in entries])
+        right = torch.tensor([names.index(name) for name in entries.values()])
+        table[title] = {"images": len(entries), **measure(images, texts, right)}
+    return table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="a name, path or Hub repository (default: demo)")
-    parser.add_argument("--data", type=Path, default=ROOT / "emoji", help="made by emoji_data.py (default: ./emoji)")
-    parser.add_argument("--json", type=Path, help="write the numbers to this file as well")
+    parser.add_argument("--data", type=Path, default=ROOT / "emoji", help="from emoji_data.py (default: emoji)")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     options = parser.parse_args()
 
     if options.json and not options.json.resolve().parent.is_dir():
         raise SystemExit(f"there is no folder {options.json.resolve().parent}")
     if any(not (options.data / folder / "captions.csv").is_file() for folder in SETS.values()):
-        command = [sys.executable, str(ROOT / "examples" / "emoji_data.py"), str(options.data)]
+        command = [sys.executable, str(Path(__file__).parent / "emoji_data.py"), str(options.data)]
         if subprocess.run(command, check=False).returncode:
-            raise SystemExit(f"{options.data} holds no data to measure on, and could not be made")
+            raise SystemExit(f"{options.data} has no data to measure with, and emoji_data.py could not make it")
     model, preprocess = miniclip.load(options.model, "cpu", dtype=torch.float32)
     names = (options.data / "names.txt").read_text(encoding="utf-8").splitlines()
-    texts = text_features(model, names)
-    table = {}
-    for title, folder in SETS.items():
-        entries = entries_of(options.data / folder)
-        images = image_features(model, preprocess, [options.data / folder / name for name in entries])
-        if strange := set(entries.values()) - set(names):
-            raise SystemExit(f"{options.data / folder} has captions that names.txt has not, such as {strange.pop()!r}")
-        right = torch.tensor([names.index(name) for name in entries.values()])
-        table[title] = {"pictures": len(entries), **measure(images, texts, right)}
+    table = measure_sets(model, preprocess, names, options.data)
 
-    print(f"{options.model}: {len(names):,} entries, {len(TEMPLATES)} templates\n")
-    print(f"| never seen in training | pictures | {' | '.join(COLUMNS)} |")
+    print(f"{options.model}: {len(names):,} emoji, {len(TEMPLATES)} templates\n")
+    print(f"| never seen in training | images | {' | '.join(COLUMNS)} |")
     print(f"|---|---|{'---|' * len(COLUMNS)}")
     for title, values in table.items():
         numbers = " | ".join(f"{values[column]:.1%}" for column in COLUMNS)
-        print(f"| {title} | {values['pictures']:,} | {numbers} |")
+        print(f"| {title} | {values['images']:,} | {numbers} |")
     if options.json:
         versions = {"python": platform.python_version(), "torch": torch.__version__, "miniclip": miniclip.__version__}
         result = {"date": str(date.today()), "model": options.model, "parameters_sha256": checksum(model)}
@@ -133,4 +144,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    shared.main(main)

@@ -1,17 +1,18 @@
-"""Make folders of captioned pictures from emoji, to train the demo model on and to measure it with.
+"""Make folders of captioned images from emoji, to train the demo model and to measure it.
 
-    pip install "miniclip[examples]"
-    python examples/emoji_data.py emoji                        npm fetches the packages (about 170 MB)
-    python examples/emoji_data.py emoji --packages downloads   or their .tgz files are in a folder already
+    pip install -c constraints.txt -e ".[examples]"
+    python training/emoji_data.py emoji                        npm downloads the packages (about 170 MB)
+    python training/emoji_data.py emoji --packages downloads   uses the .tgz files in this folder, if they exist
 
-    emoji/train/            nine sets, under licences that permit training on them and sharing the result
-    emoji/twemoji/          held out whole: ordinary colour pictures
-    emoji/openmoji-black/   held out whole: thin black outlines
-    emoji/openmoji-color/   the same drawings with colours
-    emoji/names.txt         what all entries are called
+    emoji/train/            nine sets, whose licences permit training and sharing the result
+    emoji/twemoji/          never trained on: ordinary colour images
+    emoji/openmoji-black/   never trained on: thin black outlines
+    emoji/openmoji-color/   never trained on: the same drawings in colour
+    emoji/names.txt         the names of all emoji
 
-Each folder holds 64-pixel PNGs with a transparent background and a captions.csv (image, caption). The entries, their
-names and their tags are emojibase's; the first caption of a picture is its bare name. Flags are in, skin tones not.
+Each folder holds PNGs of 64 pixels with a transparent background, and a captions.csv (image, caption). The list of
+emoji, their names and their tags come from emojibase. The first caption of an image is its bare name. Flags are
+included, skin tones are not.
 """
 
 import argparse
@@ -30,11 +31,12 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import common
+import shared
 from PIL import Image
 
-SIZE = 64  # pixels: what the PNG packages hold
+SIZE = 64  # pixels: the size of the images in the PNG packages
 
 PACKAGES = {
     "emojibase-data": "17.0.0",  # MIT: names and tags
@@ -48,14 +50,14 @@ PACKAGES = {
     "@iconify-json/emojione-monotone": "1.2.1",  # CC BY 4.0
     "@iconify-json/fxemoji": "1.2.2",  # Apache 2.0
     "@iconify-json/streamline-emojis": "1.2.4",  # CC BY 4.0
-    "openmoji": "17.0.0",  # CC BY-SA 4.0: measured on, never trained on
+    "openmoji": "17.0.0",  # CC BY-SA 4.0: for measuring, never for training
 }
-# Those to train on. The last three are black and white or outlined: an outline is a drawing of the thing as well.
+# The icon sets for training. The last three are black and white or outlines: the model should know outlines as well.
 ICONIFY = ["noto-v1", "fluent-emoji", "fluent-emoji-flat", "emojione", "fxemoji"]
 ICONIFY += ["fluent-emoji-high-contrast", "emojione-monotone", "streamline-emojis"]
 
-# None of these is among the templates that demo_quality.py measures with. Many and of many shapes, so that what is
-# learned is to find the thing in a sentence, and not the sentences.
+# demo_quality.py measures with other templates. There are many, of many forms, so that the model learns to find the
+# noun in a sentence instead of learning the sentences.
 TEMPLATES = (
     *("{a}", "{a}.", "{name}", "the {name}", "one {name}", "my {name}", "some {name}", "{name}!", "a photo of {a}."),
     *("a photo of a {name}.", "a photo of {name}", "photo: {name}", "{a} in a photo", "a close-up photo of {a}."),
@@ -77,37 +79,37 @@ TEMPLATES = (
 
 @dataclass
 class Entry:
-    """One emoji and what it is called."""
+    """One emoji and its names."""
 
     hexcode: str
     name: str  # "flag of France"
     synonyms: list[str]
     tags: list[str]
-    slugs: list[str] = field(default_factory=list)  # what icon sets may call it, likeliest first
+    slugs: list[str] = field(default_factory=list)  # its possible names in icon sets, the likeliest first
 
 
 # -- packages ---------------------------------------------------------------------------------------------------------
 
 
 def fetch(folder: Path) -> None:
-    """Let npm download what is missing; it checks the integrity of each package itself."""
+    """Let npm download the missing packages. npm checks the integrity of each package."""
     missing = [f"{name}@{version}" for name, version in PACKAGES.items() if not tarball(folder, name).exists()]
     if not missing:
         return
     if shutil.which("npm") is None:
         raise SystemExit(
-            f"{folder} lacks {tarball(folder, missing[0].rpartition('@')[0]).name}, and there is no npm "
-            "to fetch it: install Node.js, or put the .tgz files there and pass --packages"
+            f"{folder} lacks {tarball(folder, missing[0].rpartition('@')[0]).name}, and npm is not installed: "
+            "install Node.js, or download the .tgz files and pass their folder as --packages"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    print(f"npm fetches {len(missing)} packages into {folder}")
-    # Downloaded elsewhere and moved: a download that was cut off must not be taken for a package.
+    print(f"npm downloads {len(missing)} packages into {folder}")
+    # Into a temporary folder first, so that an interrupted download is never taken for a complete package.
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         done = subprocess.run(
             ["npm", "pack", "--silent", "--pack-destination", temporary, *missing], capture_output=True, text=True
         )
         if done.returncode:
-            raise SystemExit(f"npm could not fetch the packages: {done.stderr.strip()[-500:]}")
+            raise SystemExit(f"npm could not download the packages: {done.stderr.strip()[-500:]}")
         for path in Path(temporary).iterdir():
             path.replace(folder / path.name)
 
@@ -117,12 +119,12 @@ def tarball(folder: Path, name: str) -> Path:
 
 
 def read(folder: Path, name: str, wanted: Callable[[str], bool]) -> dict[str, bytes]:
-    """The wanted files of a package, by their path in it."""
+    """The contents of a package's files whose path within the package is wanted, by that path."""
     path = tarball(folder, name)
     try:
         with tarfile.open(path) as archive:
             members = ((member.name.removeprefix("package/"), member) for member in archive if member.isfile())
-            return {name: archive.extractfile(member).read() for name, member in members if wanted(name)}  # type: ignore[union-attr]
+            return {inner: archive.extractfile(member).read() for inner, member in members if wanted(inner)}  # type: ignore[union-attr]
     except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, OSError) as error:
         raise SystemExit(f"{path} cannot be read ({error}): remove it and run again") from None
 
@@ -131,6 +133,7 @@ def read(folder: Path, name: str, wanted: Callable[[str], bool]) -> dict[str, by
 
 
 def read_entries(folder: Path) -> list[Entry]:
+    """All emoji of emojibase, with the names that emojibase and Unicode give them."""
     files = read(folder, "emojibase-data", lambda name: name in ("en/data.json", "en/shortcodes/emojibase.json"))
     listed = json.loads(files["en/data.json"])
     shortcodes = json.loads(files["en/shortcodes/emojibase.json"])
@@ -138,7 +141,7 @@ def read_entries(folder: Path) -> list[Entry]:
     unicode = {code(item["unified"]): item for item in json.loads(unicode_file)}
     entries = []
     for item in listed:
-        if item.get("group") in (None, 2):  # letters of flags, and skin tones and hair as such
+        if item.get("group") in (None, 2):  # single letters of flags; skin tones and hair as emoji of their own
             continue
         key, label = code(item["hexcode"]), item["label"].replace("’", "'")
         codes = shortcodes.get(item["hexcode"], [])
@@ -159,7 +162,7 @@ def read_entries(folder: Path) -> list[Entry]:
 
 
 def spoken(label: str) -> str:
-    """A label as a person would say it: "family: man, woman, boy" is "family of a man, a woman and a boy"."""
+    """A label in spoken English: "family: man, woman, boy" becomes "family of a man, a woman and a boy"."""
     head, colon, tail = label.partition(": ")
     if not colon:
         return label
@@ -176,7 +179,7 @@ def spoken(label: str) -> str:
 
 
 def with_article(name: str) -> str:
-    """A rule of thumb. It errs on "a rice" and "a scissors", and so do the people who fill in "a photo of a {}"."""
+    """The name with its article, by simple rules. They get "a rice" and "a scissors" wrong, as users' prompts do."""
     if name[:1].isdigit() or re.match(r"(two|three|the|keycap|.*’s|.*'s)\b", name):
         return name
     first, head = name.split(" ")[0], name.split(" with ")[0].split(" of ")[0]
@@ -188,7 +191,7 @@ def with_article(name: str) -> str:
 
 
 def captions(entry: Entry, pick: random.Random) -> list[str]:
-    """The bare name first, then what people might write: prompts, other names, tags."""
+    """The bare name, then what a person might write: prompts with the name, with synonyms, and the name with tags."""
     lines = [entry.name]
     lines += [template.format(name=entry.name, a=with_article(entry.name)) for template in pick.sample(TEMPLATES, 9)]
     others = pick.sample(entry.synonyms, min(2, len(entry.synonyms)))
@@ -199,22 +202,24 @@ def captions(entry: Entry, pick: random.Random) -> list[str]:
 
 
 def code(hexcode: str) -> str:
-    """Without the selectors of the coloured presentation, which every vendor writes as it pleases."""
+    """The code points without variation selectors, which some vendors write and others omit."""
     return hexcode.upper().replace("-FE0F", "")
 
 
 def slug(text: str) -> str:
+    """The text in the spelling of icon names: "flag for Åland Islands" becomes "flag-for-aland-islands"."""
     text = text.lower().replace("&", "and").replace("'", "").replace("’", "")
     text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     return re.sub("[^a-z0-9]+", "-", text).strip("-")
 
 
-# -- pictures ---------------------------------------------------------------------------------------------------------
+# -- images -----------------------------------------------------------------------------------------------------------
 
-Pictures = Iterator[tuple[Entry, Image.Image]]
+EmojiImages = Iterator[tuple[Entry, Image.Image]]
 
 
-def png_pictures(folder: Path, package: str, vendor: str, entries: list[Entry]) -> Pictures:
+def png_images(folder: Path, package: str, vendor: str, entries: list[Entry]) -> EmojiImages:
+    """The images of a package of PNGs, found by code point."""
     files = read(folder, package, lambda name: name.startswith(f"img/{vendor}/64/"))
     by_code = {code(Path(name).stem): data for name, data in files.items()}
     for entry in entries:
@@ -222,35 +227,37 @@ def png_pictures(folder: Path, package: str, vendor: str, entries: list[Entry]) 
             yield entry, Image.open(io.BytesIO(data)).convert("RGBA")
 
 
-def iconify_pictures(folder: Path, name: str, entries: list[Entry]) -> Pictures:
-    """An icon set knows its drawings by name; some write the words together, some number their variants."""
+def iconify_images(folder: Path, name: str, entries: list[Entry]) -> EmojiImages:
+    """The images of an icon set, found by name. Some sets omit the hyphens, and some number their variants."""
     files = read(folder, f"@iconify-json/{name}", lambda name: name in ("icons.json", "chars.json"))
     sets = json.loads(files["icons.json"])
-    icons = sets["icons"]
     by_name: dict[str, str] = {}
     for icon in sets["icons"]:
         by_name.setdefault(icon.replace("-", ""), icon)
         by_name.setdefault(re.sub(r"-\d$", "", icon).replace("-", ""), icon)
     for alias, target in sets.get("aliases", {}).items():
-        if set(target) == {"parent"}:  # not a mirrored or turned one
+        if set(target) == {"parent"}:  # not a mirrored or rotated alias
             by_name.setdefault(alias.replace("-", ""), target["parent"])
     by_code = {code(key): icon for key, icon in json.loads(files["chars.json"]).items()}
     for entry in entries:
         found = by_code.get(entry.hexcode)
         found = found or next((by_name[s.replace("-", "")] for s in entry.slugs if s.replace("-", "") in by_name), None)
         if found:
-            icon = icons[found]
-            width, height = (icon.get(side, sets.get(side, 16)) for side in ("width", "height"))
-            yield (
-                entry,
-                draw(
-                    f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-                    f'viewBox="{icon.get("left", 0)} {icon.get("top", 0)} {width} {height}">{icon["body"]}</svg>'
-                ),
-            )
+            yield entry, draw(svg_document(sets, found))
 
 
-def openmoji_pictures(folder: Path, style: str, entries: list[Entry]) -> Pictures:
+def svg_document(sets: dict[str, Any], name: str) -> str:
+    """An icon as an SVG file: an icon set gives its body, and its size if that is not the size of the whole set."""
+    icon = sets["icons"][name]
+    width, height = (icon.get(side, sets.get(side, 16)) for side in ("width", "height"))
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="{icon.get("left", 0)} {icon.get("top", 0)} {width} {height}">{icon["body"]}</svg>'
+    )
+
+
+def openmoji_images(folder: Path, style: str, entries: list[Entry]) -> EmojiImages:
+    """OpenMoji's drawings, found by code point. ``style`` is black or color."""
     files = read(folder, "openmoji", lambda name: name.startswith(f"{style}/svg/"))
     by_code = {code(Path(name).stem): data for name, data in files.items()}
     for entry in entries:
@@ -265,22 +272,22 @@ def draw(svg: str, size: int = SIZE) -> Image.Image:
     return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
 
 
-def write(folder: Path, sets: dict[str, Pictures], seed: int) -> None:
-    """A folder of pictures and their captions.csv, which is written last: a folder that has one is complete."""
-    (folder / "captions.csv").unlink(missing_ok=True)  # an earlier run's, which would speak for this one's pictures
+def write(folder: Path, sets: dict[str, EmojiImages], seed: int) -> None:
+    """Write the images and their captions.csv. That file comes last, so a folder with a captions.csv is complete."""
+    (folder / "captions.csv").unlink(missing_ok=True)  # that of an earlier run does not describe the new images
     rows: list[tuple[str, str]] = []
-    for vendor, pictures in sets.items():
+    for vendor, images in sets.items():
         (folder / vendor).mkdir(parents=True, exist_ok=True)
         before = len(rows)
         drawn = 0
-        for entry, picture in pictures:
-            if picture.getchannel("A").getextrema()[1] == 0:
-                continue  # nothing was drawn
+        for entry, image in images:
+            if image.getchannel("A").getextrema()[1] == 0:
+                continue  # an empty drawing
             name = f"{vendor}/{entry.hexcode.lower()}.png"
-            picture.save(folder / name)
+            image.save(folder / name)
             rows += [(name, line) for line in captions(entry, random.Random(f"{seed} {name}"))]
             drawn += 1
-        print(f"  {folder.name}/{vendor}: {drawn:,} pictures, {len(rows) - before:,} captions", flush=True)
+        print(f"  {folder.name}/{vendor}: {drawn:,} images, {len(rows) - before:,} captions", flush=True)
     temporary = folder / "captions.csv.tmp"
     with temporary.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("image", "caption"), *rows])
@@ -289,25 +296,25 @@ def write(folder: Path, sets: dict[str, Pictures], seed: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="the folder to make")
-    parser.add_argument("--packages", type=Path, help="where the npm packages are or go (default: OUT/packages)")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of captions (default: 0)")
+    parser.add_argument("out", type=Path, help="the folder to create")
+    parser.add_argument("--packages", type=Path, help="the folder of the npm packages (default: OUT/packages)")
+    parser.add_argument("--seed", type=int, default=0, help="seed for the choice of captions (default: 0)")
     options = parser.parse_args()
-    import resvg_py  # noqa: F401  (missing, it is told before anything is fetched)
+    import resvg_py  # noqa: F401  a missing package is reported before anything is downloaded
 
     packages = options.packages or options.out / "packages"
     fetch(packages)
     entries = read_entries(packages)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "names.txt").write_text("".join(f"{entry.name}\n" for entry in entries), encoding="utf-8")
-    train = {"google": png_pictures(packages, "emoji-datasource-google", "google", entries)}
-    train |= {name: iconify_pictures(packages, name, entries) for name in ICONIFY}
+    train = {"google": png_images(packages, "emoji-datasource-google", "google", entries)}
+    train |= {name: iconify_images(packages, name, entries) for name in ICONIFY}
     write(options.out / "train", train, options.seed)
-    twitter = png_pictures(packages, "emoji-datasource-twitter", "twitter", entries)
+    twitter = png_images(packages, "emoji-datasource-twitter", "twitter", entries)
     write(options.out / "twemoji", {"twemoji": twitter}, options.seed)
     for style in ("black", "color"):
-        write(options.out / f"openmoji-{style}", {style: openmoji_pictures(packages, style, entries)}, options.seed)
+        write(options.out / f"openmoji-{style}", {style: openmoji_images(packages, style, entries)}, options.seed)
 
 
 if __name__ == "__main__":
-    common.run(main)
+    shared.main(main)

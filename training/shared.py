@@ -1,0 +1,10 @@
+"""What the training programs take from examples/common.py."""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+
+from common import main, needs, read_captions
+
+__all__ = ["main", "needs", "read_captions"]
