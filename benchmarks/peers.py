@@ -1,6 +1,6 @@
 """The peers, each ready to be called: transformers, ONNX Runtime and OpenVINO on one Hugging Face folder.
 
-A peer that is not installed ends the run: a table in which one is silently missing would read as a win.
+A peer that is not installed ends the run: a table without it would read as a win.
 """
 
 from __future__ import annotations
@@ -8,15 +8,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-import platform
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import CLIPModel
 
@@ -28,33 +28,28 @@ def check() -> dict[str, str]:
     """The versions of the peers.
 
     Raises:
-        SystemExit: naming those that are missing.
+        SystemExit: if some are missing; the message names them.
     """
     versions, missing = {}, []
     for package in PACKAGES:
         try:
             versions[package] = version(package)
-        except importlib.metadata.PackageNotFoundError:
+        except PackageNotFoundError:
             missing.append(package)
     if missing:
         raise SystemExit(f'benchmarks: missing {", ".join(missing)}: pip install -c constraints.txt -e ".[dev,bench]"')
     return versions
 
 
-def cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(": ", 1)[1] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def transformers_model(folder: Path, dtype: torch.dtype = torch.float32) -> CLIPModel:
+    """transformers' model, frozen, with the attention that is fastest on a CPU."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     return CLIPModel.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval().requires_grad_(False)
 
 
 def features(output: Any) -> Tensor:
-    """transformers' embeddings, which version 5 wraps."""
+    """The embeddings in what transformers returns: version 5 returns an object."""
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
@@ -89,14 +84,14 @@ def compiled(model: CLIPModel, kind: str) -> Encoder:
     tower = torch.compile(_Tower(model, kind).eval())
 
     def encode(x: Tensor) -> Tensor:
-        with torch.no_grad():  # in inference mode it cannot be traced
+        with torch.no_grad():  # torch.compile cannot trace inference mode
             return tower(x)
 
     return encode
 
 
 def onnx_file(model: CLIPModel, kind: str, path: Path) -> Path:
-    """A tower as ONNX, with any number of rows."""
+    """Write a tower as ONNX, for batches of any size."""
     size: int = model.config.vision_config.image_size  # type: ignore[union-attr, assignment]
     example = torch.randn(2, 3, size, size) if kind == "images" else torch.randint(1, 99, (2, 77))
     batch = torch.export.Dim("batch", min=1, max=4096)
@@ -107,11 +102,14 @@ def onnx_file(model: CLIPModel, kind: str, path: Path) -> Path:
 
 
 def onnxruntime(path: Path, threads: int) -> Encoder:
+    """A tower in ONNX Runtime, whose threads sleep between calls."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    # By default its threads spin for some time after a call and take a core from whoever runs next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
 
@@ -122,6 +120,7 @@ def onnxruntime(path: Path, threads: int) -> Encoder:
 
 
 def openvino(path: Path, threads: int, precision: str = "f32") -> Encoder:
+    """A tower in OpenVINO, set for one request at a time. Its threads spin for about 1 ms after a call."""
     import openvino as ov
 
     settings = {
@@ -139,7 +138,7 @@ def openvino(path: Path, threads: int, precision: str = "f32") -> Encoder:
 
 
 def openai_tokenizer() -> Any:
-    """openai/CLIP's own tokenizer. Its package imports torchvision, so this one file of it is loaded by its path."""
+    """openai/CLIP's own tokenizer. Its package imports torchvision, so this file is loaded by its path."""
     package = importlib.util.find_spec("clip")
     assert package is not None
     assert package.submodule_search_locations is not None
