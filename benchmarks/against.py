@@ -71,7 +71,7 @@ def sides(checkouts: dict[str, Path], folder: Path, dtype: str, threads: int) ->
             side.process.wait()
 
 
-def compare(both: dict[str, Side], given: Path, rounds: int, least_cosine: float) -> dict[str, list[float]]:
+def compare(both: dict[str, Side], given: Path, rounds: int, lowest_cosine: float) -> dict[str, list[float]]:
     """The seconds of a call in each round, by checkout. The two results are compared first."""
     results: dict[str, np.ndarray] = {}
     calls: dict[str, int] = {}
@@ -81,7 +81,7 @@ def compare(both: dict[str, Side], given: Path, rounds: int, least_cosine: float
         results[name], calls[name] = np.load(result), max(1, round(TURN / once))
     a, b = results.values()
     cosine = float(((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).min())
-    if not cosine >= least_cosine:
+    if not cosine >= lowest_cosine:
         raise SystemExit(f"against: the two embeddings have a cosine of {cosine:.6f}")
     order, shuffle = list(both), random.Random(0).shuffle
     times: dict[str, list[float]] = {name: [] for name in both}

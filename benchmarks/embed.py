@@ -38,7 +38,8 @@ def embed(options: Options, place: Path) -> Iterator[Row]:
         else:
             os.link(paths[number % DIFFERENT], path)
     model, preprocess = miniclip.load(folder, "cpu")
-    theirs, processor = peers.images_of(peers.transformers_model(folder)), CLIPImageProcessorPil()
+    theirs = peers.images_of(peers.transformers_model(folder))
+    processor = CLIPImageProcessorPil.from_pretrained(folder)
     pixels = preprocess([miniclip.open_image(path) for path in paths[:BATCH]])
     runs: list[miniclip.Summary] = []
 

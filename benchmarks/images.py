@@ -18,7 +18,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 import miniclip
 
-DTYPES = {"float32": ("", 0.9999), "bfloat16": (", bfloat16", 0.999)}  # the end of the title, and the least cosine
+DTYPES = {"float32": ("", 0.9999), "bfloat16": (", bfloat16", 0.999)}  # the end of the title, and the lowest cosine
 
 
 def images(options: Options, place: Path) -> Iterator[Row]:
@@ -85,7 +85,7 @@ def preprocess(options: Options, place: Path) -> Iterator[Row]:
 
     check_agreement("fast decoding", model.encode_image(fast()), model.encode_image(exact()), 0.999)
     medians = take_turns({"miniclip": fast, "miniclip, exact": exact}, options.rounds)
-    yield Row("preprocess", "open and preprocess a JPEG, 12 megapixels, fast decoding", [medians])
+    yield Row("preprocess", "fast decoding of a JPEG, 12 megapixels", [medians])
 
 
 def open_fast(path: Path, size: int) -> Image.Image:

@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # miniclip and its validation, of this checkout
 
 from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import miniclip
 from miniclip import hub
@@ -20,10 +21,11 @@ __all__ = ["ROOT", "camera_image", "captions", "checkpoint", "class_names", "ref
 
 
 def checkpoint(name: str, folder: Path) -> Path:
-    """Write a seeded checkpoint of a known architecture, once. Speed does not depend on what the weights are."""
+    """Write a seeded checkpoint of a known architecture and transformers' preprocessing, once."""
     path = folder / name.replace("/", "-")
     if not path.exists():
         seeded_checkpoint(hub.KNOWN[name].config, path)
+        CLIPImageProcessorPil().save_pretrained(path)
     return path
 
 

@@ -112,7 +112,7 @@ def take_turns(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def check_agreement(name: str, result: object, expected: object, least: float = 0.9999) -> None:
+def check_agreement(name: str, result: object, expected: object, lowest: float = 0.9999) -> None:
     """Compare two batches of embeddings, (N, D).
 
     Raises:
@@ -121,7 +121,7 @@ def check_agreement(name: str, result: object, expected: object, least: float = 
     assert isinstance(result, torch.Tensor)
     assert isinstance(expected, torch.Tensor)
     cosine = F.cosine_similarity(result.float(), expected.float()).min().item()
-    if not cosine >= least:
+    if not cosine >= lowest:
         raise SystemExit(f"benchmarks: {name} has a cosine of {cosine:.6f} to the reference's embedding")
 
 

@@ -25,7 +25,10 @@ SMALL: dict[str, tuple[str, ...]] = {  # the README's works, and the peers it na
     "embed a folder, per image of 640 × 480": ("transformers, a loop",),
     "from python to the first embedding": ("transformers",),
 }
-COLOURS = {"transformers": "#e69f00", "ONNX Runtime": "#56b4e9", "OpenVINO": "#0072b2", "others": "#999999"}
+TABLE_ONLY = {"ViT-B/32 images, batch 8", "ViT-B/32 images, batch 64", "ViT-B/16 images, batch 16"}  # not in the chart
+OTHERS = "others"
+COLOURS = {"transformers": "#e69f00", "ONNX Runtime": "#56b4e9", "OpenVINO": "#0072b2", OTHERS: "#8a8a8a"}
+GAP = 0.8  # between works, in bars
 
 
 @dataclass
@@ -194,62 +197,107 @@ def write_report(folder: Path, root: Path = ROOT) -> list[Path]:
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """Horizontal bars of the ratios, grouped by work, one colour per peer, one panel per processor."""
+    """Horizontal bars of the ratios, grouped by work, one colour per peer, one column of panels per processor."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
 
-    works = [work for work in works_of(results) if any(bars_of(result.row(work)) for result in results)]
-    counts = [max(len(bars_of(result.row(work))) for result in results) for work in works]
-    size = (4.6 + 4.2 * len(results), 0.19 * sum(counts) + 0.13 * len(works) + 1.6)
+    works = [work for work in works_of(results) if work.removesuffix(", bfloat16") not in TABLE_ONLY]
+    works = [work for work in works if any(bars_of(result, work) for result in results)]
+    is_image = [" images, batch " in work for work in works]
+    groups = [[work for work, flag in zip(works, is_image) if flag == kind] for kind in (True, False)]
+    groups = [group for group in groups if group]
+    heights = [sum(slots(results, work) + GAP for work in group) for group in groups]
     figure, grid = plt.subplots(
-        1, len(results), figsize=size, dpi=150, sharey=True, layout="constrained", squeeze=False
+        len(groups),
+        len(results),
+        figsize=(3.4 + 3.5 * len(results), 0.16 * sum(heights) + 0.55 * len(groups) + 0.7),
+        dpi=160,
+        sharex="row",
+        sharey="row",
+        layout="constrained",
+        height_ratios=heights,
+        squeeze=False,
     )
-    places = [sum(counts[:number]) + 0.7 * number for number in range(len(works))]
+    for row, group in zip(grid, groups):
+        for axes, result in zip(row, results):
+            draw_panel(axes, results, result, group)
+            set_scale(axes, log=" images, batch " not in group[0])
     for axes, result in zip(grid[0], results):
-        for work, place, count in zip(works, places, counts):
-            bars = bars_of(result.row(work))
-            for number, (peer, ratio) in enumerate(bars):
-                draw_bar(axes, place + number, peer, ratio)
-            if not bars:
-                label = f" {cell(result.row(work))}"
-                axes.text(1, place + (count - 1) / 2, label, va="center", fontsize=7, color="0.55", style="italic")
-        axes.set_title(result.title.replace(", ", "\n", 1), fontsize=9)
-        set_scale(axes)
-    middles = [place + (count - 1) / 2 for place, count in zip(places, counts)]
-    grid[0][0].set_yticks(middles, works, fontsize=8)
-    grid[0][0].set_ylim(places[-1] + counts[-1], -1)
-    handles = [Patch(color=colour) for colour in COLOURS.values()]
-    figure.legend(handles, COLOURS, loc="outside lower center", ncols=len(COLOURS), fontsize=8, frameon=False)
-    figure.supxlabel(
-        "a peer's time or memory divided by miniclip's (log scale; right of 1: miniclip needs less)", fontsize=8
-    )
+        axes.set_title(result.title.replace(", ", "\n", 1), fontsize=8.5)
+    for axes in grid[-1]:
+        axes.set_xlabel("peer's time or memory ÷ miniclip's", fontsize=8)
+    used = {family_of(peer) for result in results for work in works for peer, _ in bars_of(result, work)}
+    handles = [Patch(color=colour, label=name) for name, colour in COLOURS.items() if name in used]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=8, frameon=False)
     figure.savefig(path, facecolor="white", metadata={"Software": None})
     plt.close(figure)
 
 
-def bars_of(row: Row | None) -> list[tuple[str, float]]:
+def draw_panel(axes: Any, results: Sequence[Result], result: Result, works: Sequence[str]) -> None:
+    """The bars of one processor. A work has as many slots as it has peers on any processor."""
+    place, middles = 0.0, []
+    for work in works:
+        count = slots(results, work)
+        middles.append(place + (count - 1) / 2)
+        bars = bars_of(result, work)
+        for number, (peer, ratio) in enumerate(bars):
+            family = family_of(peer)
+            axes.barh(place + number, ratio - 1, left=1, height=0.84, color=COLOURS[family])
+            variant = peer if family == OTHERS else peer.removeprefix(family).strip(" ,()")
+            axes.annotate(
+                f"{times(ratio)}  {variant}".rstrip(),
+                (max(ratio, 1), place + number),
+                (3, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=6.5,
+            )
+        if not bars:
+            row = result.row(work)
+            reason = "not measured" if row is None else row.missing or "measured without a peer"
+            axes.annotate(
+                reason,
+                (1, middles[-1]),
+                (3, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=6.5,
+                color="0.5",
+                style="italic",
+            )
+        place += count + GAP
+    axes.set_yticks(middles, works, fontsize=7.5)
+    axes.set_ylim(place - GAP, -1)
+
+
+def bars_of(result: Result, work: str) -> list[tuple[str, float]]:
+    row = result.row(work)
     return [*row.ratios.items()] if row else []
 
 
-def draw_bar(axes: Any, place: float, peer: str, ratio: float) -> None:
-    family = next((name for name in COLOURS if peer.startswith(name)), "others")
-    axes.barh(place, ratio - 1, left=1, height=0.82, color=COLOURS[family])
-    variant = peer if family == "others" else peer.removeprefix(family).strip(" ,()")
-    label = f"{times(ratio)}  {variant}".rstrip()
-    axes.annotate(label, (max(ratio, 1), place), (3, 0), textcoords="offset points", va="center", fontsize=6.5)
+def slots(results: Sequence[Result], work: str) -> int:
+    return max(len(bars_of(result, work)) for result in results)
 
 
-def set_scale(axes: Any) -> None:
-    ticks = [0.5, 1, 2, 5, 10, 20, 50]
-    axes.set_xscale("log")
-    axes.set_xlim(0.3, 260)
-    axes.set_xticks(ticks, [f"{tick:g}×" for tick in ticks], fontsize=8)
+def family_of(peer: str) -> str:
+    return next((name for name in COLOURS if peer.startswith(name)), OTHERS)
+
+
+def set_scale(axes: Any, log: bool) -> None:
+    if log:
+        axes.set_xscale("log")
+        ticks, limits = [0.5, 1, 2, 5, 10, 20, 50], (0.3, 2000)
+    else:
+        right = max(3.0, axes.get_xlim()[1])
+        ticks, limits = [0.5, 1, 1.5, 2, 2.5, 3], (0.5, right + 0.4)
+    axes.set_xlim(*limits)
+    axes.set_xticks(ticks, [f"{tick:g}×" for tick in ticks], fontsize=7.5)
     axes.minorticks_off()
-    axes.axvline(1, color="0.3", linewidth=0.8)
+    axes.axvline(1, color="0.25", linewidth=0.8)
     axes.grid(axis="x", color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="both", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)

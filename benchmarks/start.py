@@ -8,7 +8,6 @@ from pathlib import Path
 
 from inputs import camera_image, checkpoint
 from measure import Options, Row, Work, run_child, take_turns
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 PROGRAMS = {"miniclip": "start_miniclip.py", "transformers": "start_transformers.py"}
 
@@ -16,7 +15,6 @@ PROGRAMS = {"miniclip": "start_miniclip.py", "transformers": "start_transformers
 def start(options: Options, place: Path) -> Iterator[Row]:
     """Import, load ViT-B/32, open an image of 640 × 480, preprocess and encode: seconds, and the peak memory."""
     folder = checkpoint("ViT-B/32", place)
-    CLIPImageProcessorPil().save_pretrained(folder)
     path = place / "small.png"
     camera_image(640, 480).save(path)
     peaks: dict[str, list[float]] = {name: [] for name in PROGRAMS}
