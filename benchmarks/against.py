@@ -33,7 +33,7 @@ import miniclip
 
 IMAGES = (("ViT-B/32", (1, 16)), ("ViT-B/16", (8,)))
 PROMPTS = (64, 256)
-TURN = 0.15  # seconds of calls in a turn, at least one call
+TURN = 0.15  # seconds of calls in a turn, but never less than one call
 SETTLE = 0.03  # seconds for the other process's threads to fall asleep
 
 
@@ -41,7 +41,7 @@ class Side:
     """A checkout's process."""
 
     def __init__(self, checkout: Path, folder: Path, dtype: str, threads: int) -> None:
-        command = [sys.executable, str(Path(__file__).with_name("answer.py"))]
+        command = [sys.executable, str(Path(__file__).parent / "children" / "answer.py")]
         command += [str(checkout), str(folder), dtype, str(threads)]
         environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": str(threads)}
         self.process = subprocess.Popen(
