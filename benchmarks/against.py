@@ -107,7 +107,7 @@ def inputs_of(model: str, place: Path) -> Iterator[tuple[str, Path]]:
 
 
 def extract(revision: str, place: Path) -> Path:
-    """The package of a revision, below ``place``."""
+    """The package of a revision, extracted into ``place``."""
     command = ["git", "-C", str(ROOT), "archive", "--format=tar", revision, "miniclip"]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
     if done.returncode:

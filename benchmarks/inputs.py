@@ -30,7 +30,7 @@ def checkpoint(name: str, folder: Path) -> Path:
 
 
 def camera_image(width: int, height: int) -> Image.Image:
-    """A photo of this size, with the noise that a camera adds."""
+    """An image of this size, with the noise that a camera adds."""
     image = sample_photos()[0].resize((width, height), Image.Resampling.BICUBIC)
     noise = Image.effect_noise((width, height), 24).convert("RGB")
     return Image.blend(image, noise, 0.1)

@@ -320,7 +320,7 @@ def test_the_report_fills_pages_between_their_markers(bench: SimpleNamespace, tm
         assert "images on 2026-11-25 at 1234567" in text
         assert "old" not in text
     with Image.open(tmp_path / "docs" / "figures" / "speed.png") as chart:
-        assert min(chart.size) > 300
+        assert min(chart.size) > 200
 
 
 @pytest.mark.parametrize("page", ["", "BEGIN", "END BEGIN", "BEGIN END END", "BEGIN END BEGIN"])
@@ -365,7 +365,7 @@ def test_nothing_speaks_of_goals() -> None:
 
 
 @pytest.mark.slow
-def test_two_checkouts_take_turns(bench: SimpleNamespace, place: Path, reference: torch.nn.Module) -> None:
+def test_two_checkouts_take_turns(bench: SimpleNamespace, place: Path) -> None:
     folder, given = place / "ViT-B-32", place / "given.npy"
     np.save(given, torch.randn(2, 3, 32, 32).numpy())
     with bench.against.sides({"before": ROOT, "now": ROOT}, folder, "float32", 1) as both:
@@ -379,7 +379,7 @@ def test_two_checkouts_take_turns(bench: SimpleNamespace, place: Path, reference
             bench.against.sides({"other": ROOT}, place / "changed", "float32", 1) as other,
             pytest.raises(SystemExit, match="the two embeddings have a cosine of"),
         ):
-            bench.against.compare(both | other, given, 3, 0.9999)
+            bench.against.compare({"before": both["before"], **other}, given, 3, 0.9999)
 
 
 def test_a_revision_is_extracted(bench: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
