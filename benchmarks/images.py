@@ -38,12 +38,18 @@ def images(options: Options, place: Path) -> Iterator[Row]:
                 encoders["ONNX Runtime"] = peers.onnxruntime(onnx, options.threads)
             size = model.visual.input_resolution
             given = [torch.randn(batch, 3, size, size) for batch in batches]
-            rounds = [options.rounds * (3 if batch == 1 else 1) for batch in batches]
+            tokens = len(model.visual.positional_embedding)
+            rounds = [rounds_for(options.rounds, batch, batch * tokens) for batch in batches]
             alone = beside_openvino(folder, onnx, dtype, given, rounds, options.threads)
             for title, pixels, turns, openvino in zip(titles, given, rounds, alone):
                 contenders = {peer: partial(encode, pixels) for peer, encode in encoders.items()}
                 medians = take_turns(contenders, turns, "transformers", cosine)
                 yield Row("images", title, [medians, openvino])
+
+
+def rounds_for(rounds: int, batch: int, tokens: int) -> int:
+    """More rounds of short calls, which vary more, and fewer of calls that take seconds."""
+    return 3 * rounds if batch == 1 else max(1, rounds // 2) if tokens > 3000 else rounds
 
 
 def beside_openvino(

@@ -179,10 +179,16 @@ def between_markers(text: str, content: str, name: str) -> str:
 
 
 def write_report(folder: Path, root: Path = ROOT) -> list[Path]:
-    """Write the chart, and the tables into the pages that exist. Returns the files written."""
-    chart = root / CHART
+    """Write the chart, and the tables into the pages that exist. Returns the files written.
+
+    Raises:
+        SystemExit: if there are no results, or a page lacks the markers.
+    """
+    results, chart = read_results(folder), root / CHART
+    if not results:
+        raise SystemExit(f"benchmarks: {folder} holds no cpu-*.json")
     chart.parent.mkdir(parents=True, exist_ok=True)
-    draw(read_results(folder), chart)
+    draw(results, chart)
     written = [chart]
     for name, small, figure in (("README.md", True, CHART.as_posix()), ("docs/speed.md", False, "figures/speed.png")):
         path = root / name

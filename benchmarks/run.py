@@ -16,6 +16,7 @@ import argparse
 import os
 import platform
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,8 @@ from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's miniclip, whichever is installed
 
 import peers
 import torch
@@ -74,8 +77,8 @@ def blank_result(threads: int, versions: dict[str, str], gpu: bool) -> Result:
     return Result(machine, numbers | versions)
 
 
-def measure_sections(names: Sequence[str], options: Options, result: Result) -> Result:
-    """Run sections and show their rows as they come."""
+def measure_sections(names: Sequence[str], options: Options, result: Result) -> Iterator[Result]:
+    """Run sections and show their rows as they come. Gives the result so far after each section."""
     with tempfile.TemporaryDirectory() as temporary:
         for name in names:
             began, ran_at = time.perf_counter(), commit()
@@ -86,7 +89,7 @@ def measure_sections(names: Sequence[str], options: Options, result: Result) -> 
             result.sections[name] = {"date": str(date.today()), "commit": ran_at, "rounds": options.rounds}
             result.sections[name]["minutes"] = minutes
             print(f"{name}: {minutes} minutes\n", flush=True)
-    return result
+            yield result
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -112,6 +115,8 @@ def main() -> None:
         print(*write_report(parsed.out or RESULTS), sep="\n")
         return
     versions = peers.check()
+    if Path(miniclip.__file__).resolve().parents[1] != ROOT:
+        raise SystemExit(f"benchmarks: {miniclip.__file__} is not of this checkout")
     given = {name: getattr(parsed, name) for name in ("threads", "rounds", "images", "vectors")}
     chosen = {name: value for name, value in given.items() if value is not None}
     options = replace(QUICK if parsed.quick else Options(), **chosen)
@@ -122,15 +127,16 @@ def main() -> None:
     for kind, part in (("cpu", [name for name in names if name != "cuda"]), ("cuda", [*({"cuda"} & {*names})])):
         if not part:
             continue
-        blank = blank_result(options.threads, versions, gpu=kind == "cuda")
-        path = out / f"{kind}-{blank.processor['slug']}.json" if out else None
-        old = mergeable(path, blank, part) if path else None
-        result = measure_sections(part, options, blank)
+        result = blank_result(options.threads, versions, gpu=kind == "cuda")
+        path = out / f"{kind}-{result.processor['slug']}.json" if out else None
+        old = mergeable(path, result, part) if path else None
+        for finished in measure_sections(part, options, result):
+            if path:  # after every section, so that a run that is ended keeps the finished ones
+                path.parent.mkdir(parents=True, exist_ok=True)
+                merged = merge(old, finished, list(ALL_SECTIONS)) if old else finished
+                path.write_text(merged.to_json(), encoding="utf-8")
         print(table([result]))
         if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            result = merge(old, result, list(ALL_SECTIONS)) if old else result
-            path.write_text(result.to_json(), encoding="utf-8")
             print(f"\n{path}")
     if out == RESULTS:
         print(*write_report(out), sep="\n")
