@@ -96,4 +96,4 @@ def preprocess(options: Options, place: Path) -> Iterator[Row]:
 
 def open_fast(path: Path, size: int) -> Image.Image:
     """The image of a JPEG, decoded at a size that is large enough for the preprocessing."""
-    return miniclip.open_image(path, at_least=size * 3 // 2)
+    return miniclip.open_image(path, min_side=size * 3 // 2)

@@ -14,7 +14,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 import miniclip
 from miniclip import hub
-from validate import reference_tokenizer, sample_photos, seeded_checkpoint
+from validation.reference import reference_tokenizer, sample_images, seeded_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 __all__ = ["ROOT", "camera_image", "captions", "checkpoint", "class_names", "reference_tokenizer"]
@@ -31,7 +31,7 @@ def checkpoint(name: str, folder: Path) -> Path:
 
 def camera_image(width: int, height: int) -> Image.Image:
     """An image of this size, with the noise that a camera adds."""
-    image = sample_photos()[0].resize((width, height), Image.Resampling.BICUBIC)
+    image = sample_images()[0].resize((width, height), Image.Resampling.BICUBIC)
     noise = Image.effect_noise((width, height), 24).convert("RGB")
     return Image.blend(image, noise, 0.1)
 

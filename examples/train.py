@@ -38,6 +38,7 @@ from tqdm import tqdm
 import miniclip
 from miniclip.config import CLIPConfig, TextConfig, VisionConfig
 from miniclip.hub import KNOWN
+from miniclip.huggingface import config_from_dict
 from miniclip.model import VisionTransformer
 
 matplotlib.use("Agg")  # a file is drawn, no window
@@ -457,7 +458,7 @@ def architecture(options: argparse.Namespace) -> CLIPConfig:
     if options.config in KNOWN:
         return KNOWN[options.config].config
     try:
-        config = CLIPConfig.from_hf(json.loads(Path(options.config).read_text(encoding="utf-8")))
+        config = config_from_dict(json.loads(Path(options.config).read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise SystemExit(
             f"--config {options.config} is neither 'demo', nor one of {', '.join(KNOWN)}, nor a readable "

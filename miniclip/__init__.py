@@ -18,10 +18,11 @@ from miniclip.errors import (
     UnknownModelError,
 )
 from miniclip.hub import available_models
+from miniclip.images import open_image
 from miniclip.loading import load
 from miniclip.loss import contrastive_loss
 from miniclip.model import CLIP
-from miniclip.preprocess import Preprocess, open_image
+from miniclip.preprocess import Preprocess
 from miniclip.saving import save_pretrained
 from miniclip.search import Index, Match
 from miniclip.tokenizer import Tokenizer, tokenize

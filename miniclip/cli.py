@@ -19,8 +19,8 @@ from miniclip.config import CLIPConfig
 from miniclip.embed import Progress, Summary, embed_images
 from miniclip.errors import ConfigError, ImageError, MiniclipError
 from miniclip.hub import BUNDLED, KNOWN, cached_model
+from miniclip.images import open_image
 from miniclip.loading import load
-from miniclip.preprocess import open_image
 from miniclip.search import Index
 from miniclip.version import __version__
 from miniclip.zero_shot import Answer, ZeroShotClassifier

@@ -24,11 +24,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from miniclip import huggingface
 from miniclip.errors import ConfigError, ImageError, InputError
 from miniclip.hub import BUNDLED
+from miniclip.images import decode_image
 from miniclip.loading import load, weights_sha256
 from miniclip.model import CLIP
-from miniclip.preprocess import Preprocess, decode_image
+from miniclip.preprocess import Preprocess
 from miniclip.sources import Item, file_item, list_items
 from miniclip.store import Failure, Shard, Store
 
@@ -59,11 +61,11 @@ def decode(item: Item, preprocess: Preprocess, at_least: int | None) -> Decoded:
         return Failure("has changed since it was listed: the same command again takes it as it is now")
     try:
         if item.member is None:
-            return preprocess.crop(decode_image(item.path, item.path, at_least))
+            return preprocess.to_pixels(decode_image(item.path, item.path, at_least))
         with open(item.path, "rb") as file:
             file.seek(item.offset)
             data = file.read(item.length)
-        return preprocess.crop(decode_image(io.BytesIO(data), item.name, at_least))
+        return preprocess.to_pixels(decode_image(io.BytesIO(data), item.name, at_least))
     except ImageError as error:
         return Failure(error.reason, again=item.size != -1 and _is_of_the_system(error.__cause__))
     except Exception as error:  # whatever a picture provokes, it must not end a run of a million others
@@ -226,7 +228,7 @@ def model_settings(name: str | os.PathLike[str], model: CLIP, preprocess: Prepro
         "model": absolute(name),
         "weights_sha256": weights_sha256(name),
         "config": asdict(model.config),
-        "preprocess": {**preprocess.to_hf(), "convention": preprocess.convention},
+        "preprocess": {**huggingface.preprocess_to_dict(preprocess), "convention": preprocess.convention},
     }
 
 

@@ -1,44 +1,49 @@
-"""The errors a user of miniclip can meet. Each message is one sentence with the numbers in it.
+"""The errors that miniclip raises on purpose. Each message is one sentence and holds the numbers that matter.
 
-Every class is also the builtin that the same mistake raises in plain Python (or raised in openai/CLIP), so existing
-``except`` clauses keep working.
+Every class also inherits from the builtin error that plain Python (or openai/CLIP) raises for the same mistake.
+Existing ``except`` clauses therefore keep working.
 """
 
 
 class MiniclipError(Exception):
-    """Base class of everything miniclip raises on purpose."""
+    """Base class of all errors below."""
 
 
 class ConfigError(MiniclipError, ValueError):
-    """A configuration file, or an argument standing in for one, that does not describe a CLIP miniclip can run."""
+    """A configuration file, or an argument that replaces one, does not describe a CLIP that miniclip can run."""
 
 
 class CheckpointError(MiniclipError, ValueError):
-    """A weights file that is damaged, of the wrong kind, or does not fit its configuration."""
+    """A weights file is damaged, of the wrong kind, or does not fit its configuration."""
 
 
 class UnknownModelError(MiniclipError, RuntimeError):
-    """A name that is neither a path, a known model nor a repository that can be read (RuntimeError in openai/CLIP)."""
+    """A name is not a path, not a known model and not a readable repository (openai/CLIP: RuntimeError)."""
 
 
 class DownloadError(MiniclipError, OSError):
-    """Weights that could not be fetched, or that arrived with the wrong checksum."""
+    """Weights could not be downloaded, or they arrived with the wrong checksum."""
 
 
 class StorageError(MiniclipError, OSError):
-    """A folder or file that cannot be written."""
+    """A folder or file cannot be written."""
 
 
 class InputError(MiniclipError, ValueError):
-    """A tensor of the wrong shape, dtype, device or content."""
+    """An argument has the wrong shape, dtype, device or content."""
 
 
 class TextTooLongError(MiniclipError, ValueError, RuntimeError):
-    """A text with more tokens than the context holds. RuntimeError is what clients of openai/CLIP catch."""
+    """A text has more tokens than the context holds (openai/CLIP: RuntimeError)."""
 
 
 class ImageError(MiniclipError, OSError):
-    """An image file that cannot be read. ``path`` names it."""
+    """An image file cannot be read.
+
+    Attributes:
+        path: the file, as the caller named it.
+        reason: why the file cannot be read, without the path.
+    """
 
     def __init__(self, path: object, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
@@ -46,4 +51,5 @@ class ImageError(MiniclipError, OSError):
         self.reason = reason
 
     def __reduce__(self) -> tuple[type["ImageError"], tuple[object, str]]:
-        return type(self), (self.path, self.reason)  # OSError's own pickling would pass the message as the path
+        # Without this method, OSError's own pickling would pass the whole message as the path.
+        return type(self), (self.path, self.reason)

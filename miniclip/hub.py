@@ -1,7 +1,7 @@
-"""The models miniclip knows by name, and fetching weights from the Hugging Face Hub into its cache.
+"""The models that miniclip knows by name, and downloads from the Hugging Face Hub.
 
-huggingface_hub downloads, resumes and caches; it is imported on first use. What is added here is the table of pinned
-sources, a checksum, a second source when the first is gone, and errors of one sentence.
+huggingface_hub downloads, resumes and caches files. It is imported on first use. This room adds a table of pinned
+sources, a checksum, a second source if the first is gone, and error messages of one sentence.
 """
 
 from __future__ import annotations
@@ -18,15 +18,23 @@ from miniclip.checkpoint import WEIGHTS, pickle_refusal, shard_names
 from miniclip.config import CLIPConfig, TextConfig, VisionConfig
 from miniclip.errors import CheckpointError, DownloadError, UnknownModelError
 
-_OFFLINE = "; --model demo, or load('demo'), is a small model that is in the package and works offline"
+_OFFLINE_HINT = "; load('demo'), or --model demo, is a small model in the package that works offline"
 
-# How long a machine without network is left waiting before it is told so.
+# How long to wait for an answer. A machine without a network gets its error message after this time.
 _TIMEOUT_SECONDS = 5
 
 
 @dataclass(frozen=True)
 class Source:
-    """One file of a Hub repository. Without a pinned ``sha256`` the one the Hub reports is checked."""
+    """One file of a Hub repository.
+
+    Attributes:
+        repo: the repository, "owner/name".
+        revision: a commit, branch or tag. Only a commit pins the file.
+        filename: the path of the file inside the repository.
+        sha256: the checksum that the file must have. Without one, the checksum that the Hub reports is used.
+        megabytes: the size of the file in units of 10^6 bytes, for listings.
+    """
 
     repo: str
     revision: str
@@ -37,14 +45,22 @@ class Source:
 
 @dataclass(frozen=True)
 class KnownModel:
-    """One of OpenAI's models: its architecture and where its weights lie, in order of preference."""
+    """One of OpenAI's models.
+
+    Attributes:
+        config: its architecture.
+        sources: where its weights can be downloaded, the preferred source first.
+    """
 
     config: CLIPConfig
     sources: tuple[Source, ...]
 
 
 def _openai(embed_dim: int, width: int, layers: int, patch: int, size: int, text_width: int) -> CLIPConfig:
-    """OpenAI's Vision Transformers: heads 64 wide, MLPs 4 times the width, 12 text layers, QuickGELU."""
+    """The architecture of OpenAI's Vision Transformers.
+
+    All of them have heads 64 wide, MLPs 4 times as wide as the tower, 12 text layers and QuickGELU.
+    """
     return CLIPConfig(
         embed_dim=embed_dim,
         vision=VisionConfig(width, layers, width // 64, 4 * width, patch_size=patch, image_size=size),
@@ -54,7 +70,8 @@ def _openai(embed_dim: int, width: int, layers: int, patch: int, size: int, text
 
 _B32_SHA256 = "99d28a652e6ec46629ab7047a0ac82c69b1fe11e0ce672c43af65d3a9a3fc05d"
 
-# The main branches of openai's own B/32, B/16 and L/14@336px repositories hold pickles only.
+#: OpenAI's models by their names in openai/CLIP. Some sources are not OpenAI's own repositories, because the main
+#: branches of OpenAI's repositories for B/32, B/16 and L/14@336px hold only pickles.
 KNOWN: dict[str, KnownModel] = {
     "ViT-B/32": KnownModel(
         _openai(512, 768, 12, 32, 224, 512),
@@ -108,8 +125,8 @@ KNOWN: dict[str, KnownModel] = {
     ),
 }
 
-#: Repositories people type by habit whose main branch has no weights miniclip reads, or whose configuration may
-#: contradict the activation OpenAI trained with.
+#: Repositories that mean a known model. People type them by habit, but the main branch may hold no safetensors, or its
+#: configuration may contradict the activation that OpenAI trained with.
 ALIASES = {
     "openai/clip-vit-base-patch32": "ViT-B/32",
     "openai/clip-vit-base-patch16": "ViT-B/16",
@@ -121,50 +138,75 @@ ALIASES = {
     "timm/vit_large_patch14_clip_336.openai": "ViT-L/14@336px",
 }
 
-#: Models that come with the package, as Hugging Face folders.
+#: Models that are part of the package, by name: Hugging Face folders.
 BUNDLED = {"demo": Path(__file__).parent / "data" / "demo"}
 
-_SETTINGS = ("config.json", "open_clip_config.json", "preprocessor_config.json", "processor_config.json")
+_SETTINGS_FILES = ("config.json", "open_clip_config.json", "preprocessor_config.json", "processor_config.json")
 
 
 def available_models() -> list[str]:
-    """The names ``load`` knows: OpenAI's models, and the small "demo" in the package. It takes paths and Hub
-    repositories as well."""
+    """The names that ``load`` knows: OpenAI's models, and "demo", a small model in the package.
+
+    ``load`` takes paths and Hub repositories too.
+    """
     return [*KNOWN, *BUNDLED]
 
 
 def cached_model(name: str, cache_dir: str | Path | None = None) -> Path | None:
-    """The weights of a known model where they already are, undamaged, in the Hub's cache; asks no network."""
+    """Find the weights of a known model in the cache, without a network request.
+
+    Args:
+        name: a key of ``KNOWN``.
+        cache_dir: the cache; by default the Hub client's own.
+
+    Returns:
+        The path of an undamaged file from the first source that is cached, or None.
+    """
     return next((path for source in KNOWN[name].sources if (path := _cached(source, cache_dir))), None)
 
 
 def fetch_known(name: str, cache_dir: str | Path | None = None) -> Path:
-    """The weights of a known model, from the cache or the first of its sources that gives them.
+    """Get the weights of a known model from the cache, or from the first source that provides them.
+
+    Args:
+        name: a key of ``KNOWN``.
+        cache_dir: the cache; by default the Hub client's own.
+
+    Returns:
+        The path of the file in the cache.
 
     Raises:
-        DownloadError: if no source has them, the network is away, or what arrives has the wrong checksum.
+        DownloadError: if no source has the file, the network fails, or the file arrives with the wrong checksum.
     """
     if path := cached_model(name, cache_dir):
         return path
-    refused = []
+    refusals = []
     for source in KNOWN[name].sources:
         try:
             return _download(source, cache_dir, what=name)
         except _Refused as error:
-            refused.append(f"{source.repo} ({error})")
+            refusals.append(f"{source.repo} ({error})")
     raise DownloadError(
-        f"none of the sources of {name} gave it: {', '.join(refused)}; try again later, or pass the path of a copy"
-        f"{_OFFLINE}"
+        f"no source of {name} provides its weights: {', '.join(refusals)}; try again later, or pass the path of a copy"
+        f"{_OFFLINE_HINT}"
     )
 
 
 def fetch_repository(repo: str, revision: str = "main", cache_dir: str | Path | None = None) -> Path:
-    """The folder with the weights and settings of a Hub repository, from the Hub or, where it fails, its cache.
+    """Get the weights and settings of a Hub repository, from the Hub or, if the Hub fails, from the cache.
+
+    Args:
+        repo: "owner/name".
+        revision: a branch, tag or commit.
+        cache_dir: the cache; by default the Hub client's own.
+
+    Returns:
+        The folder in the cache that holds the files.
 
     Raises:
         UnknownModelError: if there is no such repository or revision.
-        CheckpointError: if it holds no safetensors.
-        DownloadError: if it is not in the cache and cannot be downloaded, or arrives with the wrong checksum.
+        CheckpointError: if the repository holds no safetensors.
+        DownloadError: if a file is not in the cache and cannot be downloaded, or arrives with the wrong checksum.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError
@@ -173,66 +215,68 @@ def fetch_repository(repo: str, revision: str = "main", cache_dir: str | Path | 
         info = HfApi().model_info(repo, revision=revision, timeout=_TIMEOUT_SECONDS)
     except HFValidationError as error:  # no repository can have such a name
         raise _unknown(repo, revision, error) from None
-    except Exception as error:  # as in _download; and a login page is not the JSON that is expected here
+    except Exception as error:  # all classes, as in _download; a login page also fails here because it is not JSON
         if cached := _cached_repository(repo, revision, cache_dir):
             return cached
         if _status(error) in (400, 401, 403, 404, 410):
             raise _unknown(repo, revision, error) from None
         raise _not_downloaded(repo, cache_dir, error) from None
+
     commit = info.sha or revision
     names = {sibling.rfilename for sibling in info.siblings or ()}
-    # timm's repositories keep the image tower alone in model.safetensors, the CLIP in open_clip_model.safetensors
-    order = reversed(WEIGHTS) if "open_clip_config.json" in names else WEIGHTS
-    weights = next((name for name in order if name in names), None)
-    if weights is None:
-        for name in sorted(names):
-            if refusal := pickle_refusal(name):
-                raise CheckpointError(f"{repo}: has no safetensors; {refusal}")
-        raise CheckpointError(f"{repo}: holds no weights; expected one of {', '.join(WEIGHTS)}")
-
-    for name in _SETTINGS:
+    weights = _weights_name(repo, names)
+    for name in _SETTINGS_FILES:
         if name in names:
             fetch(Source(repo, commit, name), cache_dir)
     path = fetch(Source(repo, commit, weights), cache_dir)
     for shard in _shards(path):
-        if shard in names:  # one the repository lacks is reported by the one who reads the index
+        if shard in names:  # a shard that the repository lacks is reported by open_checkpoint
             fetch(Source(repo, commit, shard), cache_dir)
-    _remember(path, revision)
+    _record_revision(path, revision)
     return path.parent
 
 
 def is_cached(source: Source) -> bool:
-    """Whether a file is, undamaged, in the Hub's cache; asks no network."""
+    """Whether the Hub client's cache holds a file undamaged. Makes no network request."""
     return _cached(source, None) is not None
 
 
 def fetch(source: Source, cache_dir: str | Path | None = None) -> Path:
-    """One file, from the cache or the Hub.
+    """Get one file from the cache or the Hub.
+
+    Args:
+        source: the file.
+        cache_dir: the cache; by default the Hub client's own.
+
+    Returns:
+        The path of the file in the cache.
 
     Raises:
-        DownloadError: if it cannot be had, or arrives with the wrong checksum.
+        DownloadError: if the file cannot be downloaded, or arrives with the wrong checksum.
     """
     try:
         return _cached(source, cache_dir) or _download(source, cache_dir, what=source.repo)
     except _Refused as error:
-        raise DownloadError(f"{source.repo}: {source.filename} cannot be had ({error})") from None
+        raise DownloadError(f"{source.repo}: {source.filename} cannot be downloaded ({error})") from None
 
 
 class _Refused(Exception):
-    """A source that answers, but not with the file."""
+    """The server answered, but not with the file."""
 
 
 def _download(source: Source, cache_dir: str | Path | None, what: str) -> Path:
+    """Download one file and check its checksum. ``what`` names the file's owner in error messages."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     try:
-        # Asked first and once, because hf_hub_download retries for half a minute before it reports a dead network.
+        # This request fails at once without a network. hf_hub_download would retry for half a minute.
         url = hf_hub_url(source.repo, source.filename, revision=source.revision)
         metadata = get_hf_file_metadata(url, timeout=_TIMEOUT_SECONDS)
         if metadata.commit_hash is None:
-            raise ConnectionError("what answers there is not a Hub, perhaps the login page of this network")
+            raise ConnectionError("the server that answered is not a Hub, perhaps the login page of this network")
         path = Path(hf_hub_download(source.repo, source.filename, revision=source.revision, cache_dir=cache_dir))
-    # The classes depend on the client's version: requests', httpx's and httpx2's errors share no base, xet has its own.
+    # All classes, because versions of the client raise different ones (of requests, httpx, httpx2 and hf_xet), which
+    # have no base class in common.
     except Exception as error:
         if _status(error) is not None:
             raise _Refused(_reason(error)) from None
@@ -249,8 +293,24 @@ def _download(source: Source, cache_dir: str | Path | None, what: str) -> Path:
     return path
 
 
+def _weights_name(repo: str, names: set[str]) -> str:
+    """The file that holds a repository's CLIP, or the index of the files that do.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    # In timm's repositories model.safetensors is the image tower alone; open_clip_model.safetensors is the CLIP.
+    order = reversed(WEIGHTS) if "open_clip_config.json" in names else WEIGHTS
+    if weights := next((name for name in order if name in names), None):
+        return weights
+    for name in sorted(names):
+        if refusal := pickle_refusal(name):
+            raise CheckpointError(f"{repo}: has no safetensors; {refusal}")
+    raise CheckpointError(f"{repo}: holds no weights; expected one of {', '.join(WEIGHTS)}")
+
+
 def _cached(source: Source, cache_dir: str | Path | None) -> Path | None:
-    """A file in the cache. A damaged one is removed from it, to be downloaded again."""
+    """The path of a file in the cache, or None. A damaged file is removed, so that it is downloaded again."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(source.repo, source.filename, cache_dir=cache_dir, revision=source.revision)
@@ -265,7 +325,7 @@ def _cached(source: Source, cache_dir: str | Path | None) -> Path | None:
 
 
 def _cached_repository(repo: str, revision: str, cache_dir: str | Path | None) -> Path | None:
-    """The folder of a repository in the cache, if all of its weights are there."""
+    """The folder of a repository in the cache, if all files of its weights are there."""
     for name in WEIGHTS:
         if path := _cached(Source(repo, revision, name), cache_dir):
             shards = [_cached(Source(repo, revision, shard), cache_dir) for shard in _shards(path)]
@@ -274,15 +334,15 @@ def _cached_repository(repo: str, revision: str, cache_dir: str | Path | None) -
 
 
 def _shards(path: Path) -> list[str]:
-    """The other files that belong to the weights, if ``path`` is an index."""
+    """The names of the weights files, if ``path`` is the index of several."""
     return shard_names(path) if path.name.endswith(".index.json") else []
 
 
-def _remember(path: Path, revision: str) -> None:
-    """Note in the cache which commit a branch or tag is, to find its files without network.
+def _record_revision(path: Path, revision: str) -> None:
+    """Write into the cache which commit a branch or tag points to, so that it can be found offline.
 
-    hf_hub_download does so when it is asked for a branch. It was asked for a commit, so that all files are of one; and
-    the note moves to the next when all of its files are there.
+    hf_hub_download writes this note when it is asked for a branch. miniclip asks for a commit, so that all files come
+    from the same one, and therefore writes the note itself, once all files have arrived.
     """
     commit = path.parent.name
     ref = path.parents[2] / "refs" / revision  # beside snapshots/<commit>/<file>
@@ -291,25 +351,29 @@ def _remember(path: Path, revision: str) -> None:
             ref.parent.mkdir(parents=True, exist_ok=True)
             ref.write_text(commit)
     except OSError:
-        pass  # a read-only cache
+        pass  # the cache is read-only
 
 
 def _is_verified(path: Path, sha256: str | None) -> bool:
-    """Whether a cached file has its checksum: computed once, then remembered by the file's size and time.
+    """Whether a cached file has its checksum.
 
-    Without a pinned one it is the one the Hub reported, by which its cache names the blob that ``path`` links to.
+    Computing a checksum takes longer than loading the model. A correct checksum is therefore recorded, with the size
+    and modification time of the file, and not computed again while both stay the same. The record lies in
+    HF_HOME/miniclip, because the cache is huggingface_hub's.
+
+    Without a pinned checksum the one that the Hub reported is used: the cache names a file's blob by it.
     """
     from huggingface_hub import constants
 
     etag = path.readlink().name if path.is_symlink() else ""
     expected = sha256 or (etag if _is_sha256(etag) else None)
     if expected is None:
-        return True  # a small text file, which the Hub knows by its git hash; or a cache without links
+        return True  # a small text file, for which the Hub reports a git hash, or a cache without links
     stat = path.stat()
-    mark = Path(constants.HF_HOME) / "miniclip" / "verified" / expected
+    record = Path(constants.HF_HOME) / "miniclip" / "verified" / expected
     identity = f"{stat.st_size} {stat.st_mtime_ns}"
     try:
-        if mark.read_text() == identity:
+        if record.read_text() == identity:
             return True
     except OSError:
         pass
@@ -317,15 +381,15 @@ def _is_verified(path: Path, sha256: str | None) -> bool:
         if hashlib.file_digest(file, "sha256").hexdigest() != expected:
             return False
     try:
-        mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.write_text(identity)
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(identity)
     except OSError:
-        pass  # a read-only home: the checksum is computed again next time
+        pass  # HF_HOME is read-only: the checksum is computed again next time
     return True
 
 
 def _discard(path: Path) -> None:
-    """Remove a file and the links to it: from a snapshot to its blob, and from there to one that repositories share."""
+    """Remove a file and all links on the way to it. A snapshot links to a blob, which may link to a shared blob."""
     while path.is_symlink():
         link, path = path, path.parent / path.readlink()
         link.unlink()
@@ -349,12 +413,12 @@ def _not_downloaded(what: str, cache_dir: str | Path | None, error: Exception) -
     return DownloadError(
         f"{what} is not in the cache ({os.fspath(cache_dir or constants.HF_HUB_CACHE)}) and could not be downloaded "
         f"from {constants.ENDPOINT} ({_reason(error)}); try again online, or pass the path of a folder with its weights"
-        f"{_OFFLINE if what in KNOWN else ''}"
+        f"{_OFFLINE_HINT if what in KNOWN else ''}"
     )
 
 
 def _status(error: Exception) -> int | None:
-    """The HTTP status of an answer that was no; None if there was no answer."""
+    """The HTTP status of an answer that refuses, or None if there was no answer."""
     response = getattr(error, "response", None)
     return None if response is None else response.status_code
 
@@ -365,6 +429,6 @@ def _reason(error: Exception) -> str:
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     if (status := _status(error)) is not None:
-        hint = "; a private or gated one needs a valid token in HF_TOKEN" if status in (401, 403) else ""
+        hint = "; a private or gated repository needs a valid token in HF_TOKEN" if status in (401, 403) else ""
         return f"HTTP {status}{hint}"
-    return textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" …")  # some go on for paragraphs
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" …")  # some fill paragraphs

@@ -1,29 +1,77 @@
-"""The primitives of a CLIP that torch.nn does not have in this shape."""
+"""The layers of a CLIP. Each computes one formula, in the fastest way that its input allows.
+
+A layer with a weight matrix owns a ``Packed``: on a CPU, where nobody asks for gradients, the layer multiplies with a
+packed copy of its weight, and the result is the same up to rounding. ``CLIP.fast = False`` sets ``packed`` to None,
+which leaves the plain formula.
+"""
 
 from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from miniclip.packed import Packed, product
 
-class _Uninitialized:
-    """A layer whose parameters wait for a checkpoint: filling them with random numbers first would cost a second."""
+
+class PackedLayer(nn.Module):
+    """A layer that keeps packed copies of its weight."""
+
+    packed: Packed | None
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.packed = Packed()
 
     def reset_parameters(self) -> None:
-        pass
+        """Leave the parameters uninitialised: random numbers would take a second, and a checkpoint follows."""
+
+    def _apply(self, *arguments: Any, **settings: Any) -> PackedLayer:
+        """What ``to()``, ``half()``, ``cuda()`` and their like call. The copies are of no use after it."""
+        if self.packed is not None:
+            self.packed.clear()
+        return super()._apply(*arguments, **settings)  # type: ignore[no-untyped-call]
 
 
-class Linear(_Uninitialized, nn.Linear):
-    pass
+class Linear(PackedLayer, nn.Linear):
+    """x Wᵀ + b: (…, in) -> (…, out)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.packed and self.packed.usable(x, self.weight, self.bias):
+            return product(x, self.packed.copy(self.weight), self.bias)
+        return F.linear(x, self.weight, self.bias)
 
 
-class Conv2d(_Uninitialized, nn.Conv2d):
-    pass
+class PatchEmbedding(PackedLayer, nn.Conv2d):
+    """A convolution whose stride is its size, without padding: (N, 3, S, S) -> (N, W, grid, grid)."""
+
+    def __init__(self, width: int, patch_size: int) -> None:
+        super().__init__(3, width, kernel_size=patch_size, stride=patch_size, bias=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.packed and images.ndim == 4 and self._tiles() and self.packed.usable(images, self.weight, self.bias):
+            # Every pixel is in one patch, so the convolution is a product with the flattened patches.
+            n, size = len(images), self.kernel_size[0]
+            height, width = (side // size for side in images.shape[2:])  # a convolution leaves out the rest, too
+            images = images[:, :, : height * size, : width * size]
+            patches = images.reshape(n, 3, height, size, width, size).permute(0, 2, 4, 1, 3, 5).flatten(3)
+            return product(patches, self.packed.copy(self.weight), self.bias).permute(0, 3, 1, 2)
+        return super().forward(images)
+
+    def _tiles(self) -> bool:
+        """Whether it is still such a convolution: its attributes can be set."""
+        settings = self.stride, self.padding, self.dilation, self.groups
+        return settings == (self.kernel_size, (0, 0), (1, 1), 1) and "_conv_forward" not in self.__dict__
 
 
-class Embedding(_Uninitialized, nn.Embedding):
-    pass
+class Embedding(nn.Embedding):
+    """A table of vectors, uninitialised: (…) ids -> (…, W)."""
+
+    def reset_parameters(self) -> None:
+        """As ``PackedLayer.reset_parameters``."""
 
 
 class QuickGELU(nn.Module):
@@ -36,11 +84,74 @@ class QuickGELU(nn.Module):
 ACTIVATIONS: dict[str, type[nn.Module]] = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
 
 
-class MultiheadAttention(nn.Module):
+class MLP(nn.Sequential):
+    """W₂ activation(W₁ x + b₁) + b₂: (…, W) -> (…, W)."""
+
+    c_fc: Linear
+    gelu: nn.Module
+    c_proj: Linear
+
+    def __init__(self, width: int, hidden: int, activation: str) -> None:
+        layers = {"c_fc": Linear(width, hidden), "gelu": ACTIVATIONS[activation](), "c_proj": Linear(hidden, width)}
+        super().__init__(OrderedDict(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._is_bare():
+            return super().forward(x)  # type: ignore[no-untyped-call]  # calls the parts, whatever they are
+        c_fc, c_proj = self.c_fc, self.c_proj
+        # Both are asked, so that both know their weight when the second call comes.
+        usable = [layer.packed and layer.packed.usable(x, layer.weight, layer.bias) for layer in (c_fc, c_proj)]
+        if not (all(usable) and c_fc.packed and c_proj.packed):
+            return F.linear(self.gelu(F.linear(x, c_fc.weight, c_fc.bias)), c_proj.weight, c_proj.bias)
+        # oneDNN applies an activation while a result is in a register. It has no QuickGELU, but it has silu:
+        # QuickGELU(x) = silu(1.702 x) / 1.702. The packed copies carry the two factors.
+        factor, activation = (1.702, "swish") if type(self.gelu) is QuickGELU else (1.0, "gelu")
+        bias = c_fc.bias if factor == 1 or c_fc.bias is None else c_fc.bias * factor
+        hidden = product(x, c_fc.packed.copy(c_fc.weight, factor=factor), bias, activation)  # (…, 4 W)
+        return product(hidden, c_proj.packed.copy(c_proj.weight, factor=1 / factor), c_proj.bias)
+
+    def _is_bare(self) -> bool:
+        """Whether the three parts are the original ones, and nobody watches them."""
+        parts = list(self._modules.values())
+        return (
+            [type(part) for part in parts] in ([Linear, QuickGELU, Linear], [Linear, nn.GELU, Linear])
+            and all(map(is_bare, parts))
+            and getattr(parts[1], "approximate", "none") == "none"
+        )
+
+
+class View(Protocol):
+    """Which tokens of a sequence ask, and whom they see. A block with a view computes the tokens that ask."""
+
+    def asking(self, x: Tensor) -> Tensor: ...  # (L, N, W) -> (L', N', W)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor: ...  # q is (L', N', W), k and v (L, N, W)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """softmax(q kᵀ / √d) v for each head: q (L', N, W), k and v (L, N, W) -> (L', N, W).
+
+    ``mask`` is True where a query sees a key, in a shape that broadcasts to (N, heads, L', L).
+    """
+    depth = q.shape[-1] // heads
+    q, k, v = (t.view(*t.shape[:2], heads, depth).permute(1, 2, 0, 3) for t in (q, k, v))  # (N, heads, L, W / heads)
+    if q.dtype == torch.bfloat16 and q.is_cpu:
+        # Two products and a softmax take half of the time that the fused call takes on a CPU in bfloat16.
+        scores = (q * depth**-0.5) @ k.transpose(-1, -2)  # (N, heads, L', L)
+        if causal:
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+        x = scores.softmax(dim=-1) @ v
+    else:
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    return x.permute(2, 0, 1, 3).flatten(2)
+
+
+class MultiheadAttention(PackedLayer):
     """Self-attention over (L, N, W), with the parameter names of torch.nn.MultiheadAttention.
 
-    Not that class itself, whose masked path builds the (L, L) mask and whose fast path is skipped as soon as a
-    parameter requires grad: here query, key and value come from one matmul and go to one fused attention call.
+    Not that class itself: its masked path builds an (L, L) mask, and its fast path is skipped as soon as a parameter
+    requires grad. Here query, key and value come from one product.
     """
 
     def __init__(self, width: int, heads: int, causal: bool) -> None:
@@ -51,10 +162,40 @@ class MultiheadAttention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
         self.out_proj = Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        length, batch, width = x.shape
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (L, N, 3W)
-        qkv = qkv.view(length, batch, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 1, 3, 0, 4)  # each (N, heads, L, W / heads)
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.out_proj(x.permute(2, 0, 1, 3).reshape(length, batch, width))
+    def forward(self, x: Tensor, view: View | None = None) -> Tensor:
+        """(L, N, W) -> (L, N, W), or (L', N', W) with a view."""
+        weight, bias, width = self.in_proj_weight, self.in_proj_bias, x.shape[-1]
+        packed = self.packed if self.packed and self.packed.usable(x, weight, bias) else None
+
+        def project(x: Tensor, part: slice = slice(None)) -> Tensor:
+            part_bias = bias if bias is None else bias[part]
+            return product(x, packed.copy(weight, part), part_bias) if packed else F.linear(x, weight[part], part_bias)
+
+        if view is None or (asking := view.asking(x)) is x:
+            q, k, v = project(x).chunk(3, dim=-1)  # each (L, N, W)
+        else:
+            q = project(asking, slice(None, width))  # (L', N', W)
+            k, v = project(x, slice(width, None)).chunk(2, dim=-1)
+        y = view.attend(q, k, v, self.heads) if view else attend(q, k, v, self.heads, causal=self.causal)
+        return self.out_proj(y)
+
+
+_HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+_GLOBAL_HOOKS = [getattr(nn.modules.module, f"_global{name}") for name in _HOOKS]
+_LAYERS = Linear, PatchEmbedding, Embedding, MLP, MultiheadAttention, QuickGELU, nn.GELU, nn.LayerNorm, nn.Sequential
+
+#: The forward methods of the classes that a CLIP is made of, as they were written. model.py adds its classes.
+OWN_FORWARDS: dict[type[nn.Module], Any] = {kind: kind.forward for kind in _LAYERS}
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether a call of the module runs what its class says and nothing more: no hook, no patch, no wrapper."""
+    kind, attributes = type(module), module.__dict__
+    return (
+        kind.forward is OWN_FORWARDS.get(kind)
+        and "forward" not in attributes
+        and not any(attributes[hooks] for hooks in _HOOKS)
+        and not any(_GLOBAL_HOOKS)
+        and module._compiled_call_impl is None
+        and not any(name in attributes for name in attributes["_modules"])  # an attribute would hide the child
+    )

@@ -1,4 +1,4 @@
-"""``load``: the one place where a checkpoint, the model and its preprocessing meet."""
+"""``load``: the one room in which a checkpoint, the model and its preprocessing meet."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from miniclip import hub
+from miniclip import hub, huggingface, open_clip
 from miniclip.checkpoint import Checkpoint, open_checkpoint, read_json
 from miniclip.config import Heads
 from miniclip.errors import ConfigError, UnknownModelError
@@ -32,64 +32,78 @@ def load(
     activation: str | None = None,
     heads: Heads | None = None,
 ) -> tuple[CLIP, Preprocess]:
-    """Load a CLIP and the preprocessing that goes with it.
+    """Load a CLIP and the preprocessing that belongs to it.
 
     Args:
-        name: in this order of meaning, "demo" (the small model in the package), an existing path (a Hugging Face
-            folder, a .safetensors file in Hugging Face's or OpenAI's layout, a model.safetensors.index.json), a name
-            from ``available_models()``, or a Hub repository "owner/name", optionally "owner/name@revision".
-        device: "cpu", "cuda", "cuda:1", …; CUDA where there is one, else the CPU. "mps" is accepted and untested.
-        jit: refused if true; openai/CLIP's archives are pickles. Here for the signature's sake.
-        download_root: the folder downloads are cached in; the Hub's own cache unless given.
-        dtype: what the parameters are held and computed in: float32 (the default on the CPU), float16 (the default
-            on CUDA), bfloat16 or float64.
-        fast: False runs the plain modules on everything. Otherwise, on the CPU and where nothing requires grad, the
-            same is computed in a faster order, up to rounding (see miniclip/fast.py). It keeps a packed copy of each
-            tower's matrices, from that tower's second call on, or from a first one with many tokens.
-        activation: "quick_gelu" or "gelu", for weights without a configuration. Where there is one, what is said here
-            wins over it.
-        heads: attention heads, one number or (image, text), for weights without a configuration whose heads are not
-            64 wide. Wins likewise.
+        name: what to load. The first meaning that applies is taken:
+
+            - "demo", the small model in the package;
+            - an existing path: a Hugging Face folder, a .safetensors file in Hugging Face's or OpenAI's layout, or a
+              model.safetensors.index.json;
+            - a name from ``available_models()``;
+            - a repository of the Hugging Face Hub, "owner/name" or "owner/name@revision".
+        device: "cpu", "cuda", "cuda:1", ... By default CUDA if there is a CUDA device, else the CPU. "mps" is accepted
+            but not tested.
+        jit: must be false. openai/CLIP has this argument for TorchScript archives, which are pickles.
+        download_root: the folder that keeps downloads. By default the Hub client's own cache.
+        dtype: the dtype of the parameters and of the computation: float32, float16, bfloat16 or float64. By default
+            float16 on CUDA, float32 elsewhere.
+        fast: false computes everything in the plainest way, for comparison. True (the default) may use equivalent,
+            faster orders of computation on the CPU. The results agree up to rounding. Packed copies of the weight
+            matrices then take additional memory.
+        activation: "quick_gelu" or "gelu". Needed for weights without a configuration; overrides one that is there.
+        heads: the number of attention heads, one integer or (image tower, text tower). Needed for weights without a
+            configuration if a head is not 64 wide; overrides a configuration that is there.
 
     Returns:
-        The model, in eval mode and frozen, and its ``Preprocess``.
+        The model, in eval mode and with frozen parameters, and its ``Preprocess``.
 
     Raises:
         UnknownModelError: if the name means nothing.
-        CheckpointError: if the weights are a pickle, damaged, or do not fit their configuration.
-        ConfigError: if the configuration is not one miniclip runs, or is missing and not said.
-        DownloadError: if the weights cannot be fetched, or arrive wrong.
+        CheckpointError: if the weights are a pickle, are damaged, or do not fit their configuration.
+        ConfigError: if an argument is wrong, the configuration describes a model that miniclip does not run, or there
+            is no configuration and ``activation`` is not given.
+        DownloadError: if the weights cannot be downloaded, or arrive with the wrong checksum.
+        TypeError: if the name is neither a string nor a path.
     """
     if jit:
-        raise ConfigError("jit=True loads openai/CLIP's TorchScript archives, which miniclip does not read")
+        raise ConfigError(
+            "jit=True loads openai/CLIP's TorchScript archives, which miniclip does not read; leave it out"
+        )
     torch_device = _device(device)
     if dtype is None:
         dtype = torch.float16 if torch_device.type == "cuda" else torch.float32
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
-
     if dtype == torch.float64 and torch_device.type == "mps":
         raise ConfigError("MPS has no float64")
+
     known, path = _find(name, download_root)
     checkpoint = open_checkpoint(path)
     config = known.config.override(activation, heads) if known else checkpoint.clip_config(activation, heads)
     size = config.vision.image_size
     preprocess = Preprocess(size) if known else _preprocess(checkpoint, size)
-    with torch.inference_mode(False):  # parameters made in it could never require grad
-        with torch.device("meta"):  # no memory and no random initialisation: the file provides every number
+    with torch.inference_mode(False):  # parameters created in inference mode can never require grad
+        with torch.device("meta"):  # takes no memory and draws no random numbers: the file has every number
             model = CLIP(config)
         checkpoint.fill(model, dtype, torch_device)
     model.fast = fast
     return model.eval().requires_grad_(False), preprocess
 
 
-def weights_sha256(name: str | os.PathLike[str], download_root: str | os.PathLike[str] | None = None) -> str:
-    """The checksum of the weights that ``load`` reads under a name: the file's, or for several that of all of theirs.
+def weights_sha256(name: str | os.PathLike[str]) -> str:
+    """The checksum of the weights that ``load(name)`` reads.
+
+    Args:
+        name: as for ``load``.
+
+    Returns:
+        The sha256 of the weights file, 64 hexadecimal digits. For several files, the sha256 of their checksums.
 
     Raises:
-        Those of ``load`` for a name that means nothing or weights that cannot be had.
+        MiniclipError: as ``load`` does, if the name means nothing or the weights cannot be read or downloaded.
     """
-    checkpoint = open_checkpoint(_find(name, download_root)[1])
+    checkpoint = open_checkpoint(_find(name, None)[1])
     digests = []
     for path in checkpoint.files:
         with open(path, "rb") as file:
@@ -100,13 +114,14 @@ def weights_sha256(name: str | os.PathLike[str], download_root: str | os.PathLik
 def _find(
     name: str | os.PathLike[str], download_root: str | os.PathLike[str] | None
 ) -> tuple[hub.KnownModel | None, Path]:
-    """What a name means: a known model with the path of its weights, or a path alone."""
+    """Find the weights that a name means: the known model, if the name is one, and the path of its weights."""
     text = os.fspath(name)
     if not isinstance(text, str):
         raise TypeError(f"name must be a str or a path, got {type(name).__name__}")
-    if name in hub.BUNDLED:  # before any folder of that name: the first thing a newcomer types must work anywhere
+    if name in hub.BUNDLED:  # wins over a folder of that name, so that a newcomer's first command works everywhere
         return None, hub.BUNDLED[text]
-    if os.path.exists(path := os.path.expanduser(text)):  # unlike Path.exists, false for what no file can be called
+    # os.path.exists, unlike Path.exists, does not raise for a text that cannot be a file name.
+    if os.path.exists(path := os.path.expanduser(text)):
         return None, Path(path)
     cache_dir = Path(download_root).expanduser() if download_root is not None else None
     known = hub.ALIASES.get(text, text)
@@ -126,10 +141,10 @@ def _find(
 
 
 def _is_repository(text: str) -> bool:
-    """Whether it reads as owner/name, and not as the path of a missing file or one of OpenAI's names mistyped."""
+    """Whether a text looks like owner/name. A mistyped OpenAI name or the path of a missing file does not."""
     return (
         re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text) is not None
-        and re.fullmatch(r"ViT-\w+/\d+\w*", text, re.IGNORECASE) is None
+        and re.fullmatch(r"ViT-\w+/\d[\w-]*", text, re.IGNORECASE) is None
         and not text.endswith((".safetensors", ".json", ".bin", ".pt", ".pth"))
     )
 
@@ -140,11 +155,11 @@ def _device(device: str | torch.device | None) -> torch.device:
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError):
-        chosen = torch.device("meta")  # refused below
+        chosen = torch.device("meta")  # any device that the last line refuses
     if chosen.type == "cpu" or (chosen.type == "mps" and torch.backends.mps.is_available()):
         return chosen
     if chosen.type == "cuda" and torch.cuda.is_available():
-        # "cuda" and "cuda:0" are one device under two names that do not compare equal
+        # The index is filled in because torch.device("cuda") and torch.device("cuda:0") do not compare equal.
         index = torch.cuda.current_device() if chosen.index is None else chosen.index
         if index >= torch.cuda.device_count():
             raise ConfigError(f"there is no device {device!r}, only {torch.cuda.device_count()} CUDA devices")
@@ -157,10 +172,10 @@ def _device(device: str | torch.device | None) -> torch.device:
 
 
 def _preprocess(checkpoint: Checkpoint, size: int) -> Preprocess:
-    """The preprocessing that the files beside the weights describe; OpenAI's where there are none.
+    """The preprocessing that a file beside the weights describes, or OpenAI's if there is no such file.
 
     Raises:
-        ConfigError: if it is not one miniclip has, or makes images of another size than the model's.
+        ConfigError: if miniclip does not have this preprocessing, or its image size is not the model's.
     """
     path, config = _preprocess_config(checkpoint)
     if path is None:
@@ -169,7 +184,10 @@ def _preprocess(checkpoint: Checkpoint, size: int) -> Preprocess:
         if not isinstance(config, Mapping):
             raise ConfigError(f"the preprocessing must be an object, got {reprlib.repr(config)}")
         is_open_clip = path.name == "open_clip_config.json"
-        preprocess = Preprocess.from_open_clip(config, size) if is_open_clip else Preprocess.from_hf(config)
+        if is_open_clip:
+            preprocess = open_clip.preprocess_from_dict(config, size)
+        else:
+            preprocess = huggingface.preprocess_from_dict(config)
         if preprocess.size != size:
             raise ConfigError(f"crops images to {preprocess.size} pixels, the model takes {size}")
     except ConfigError as error:
@@ -178,11 +196,12 @@ def _preprocess(checkpoint: Checkpoint, size: int) -> Preprocess:
 
 
 def _preprocess_config(checkpoint: Checkpoint) -> tuple[Path | None, object]:
+    """The file that describes the preprocessing, and the part of its content that does so."""
     folder = checkpoint.path.parent
     if (path := folder / "preprocessor_config.json").is_file():
         return path, read_json(path)
     if (path := folder / "processor_config.json").is_file() and "image_processor" in (config := read_json(path)):
-        return path, config["image_processor"]  # transformers 5 writes all processors of a model into one file
+        return path, config["image_processor"]  # transformers 5 writes all processors of a model to one file
     if checkpoint.config_path is not None and checkpoint.config_path.name == "open_clip_config.json":
         return checkpoint.config_path, checkpoint.config.get("preprocess_cfg", {})
     return None, None

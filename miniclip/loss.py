@@ -1,4 +1,4 @@
-"""The loss CLIP is trained with."""
+"""The loss that CLIP is trained with."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from miniclip.errors import InputError
 
 
 def contrastive_loss(logits_per_image: Tensor) -> Tensor:
-    """The symmetric cross-entropy of figure 3 of the paper (arXiv:2103.00020).
+    """The symmetric cross-entropy of CLIP: figure 3 of the paper (arXiv:2103.00020).
 
     Args:
-        logits_per_image: (N, N) scaled similarities in which image i belongs to text i, as ``CLIP.forward`` returns
-            them for N pairs.
+        logits_per_image: (N, N), a floating-point dtype: the scaled similarities of N pairs. Row i is image i, column
+            j is text j, and image i belongs to text i. ``CLIP.forward`` returns this matrix for N pairs.
 
     Returns:
-        A scalar: the mean of the loss of finding each image's text and the loss of finding each text's image.
+        A scalar of the same dtype: the mean of two losses. The first is the cross-entropy of finding the text of each
+        image, the second the cross-entropy of finding the image of each text.
 
     Raises:
         InputError: if the logits are not a square floating-point matrix of at least one pair.
@@ -27,7 +28,7 @@ def contrastive_loss(logits_per_image: Tensor) -> Tensor:
         raise InputError(f"the loss takes a tensor of floating-point logits, got {kind}")
     if logits_per_image.ndim != 2 or len(set(logits_per_image.shape)) != 1 or not len(logits_per_image):
         raise InputError(f"the loss takes (N, N) logits of N image-text pairs, got {tuple(logits_per_image.shape)}")
-    target = torch.arange(len(logits_per_image), device=logits_per_image.device)
+    target = torch.arange(len(logits_per_image), device=logits_per_image.device)  # (N,): pair i is correct for row i
     image_loss = F.cross_entropy(logits_per_image, target)
     text_loss = F.cross_entropy(logits_per_image.T, target)
     return (image_loss + text_loss) / 2

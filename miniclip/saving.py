@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from miniclip.checkpoint import hf_tensors
+from miniclip import huggingface
 from miniclip.errors import CheckpointError, ConfigError, InputError
 from miniclip.model import CLIP
 from miniclip.preprocess import Preprocess
@@ -22,19 +22,19 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def save_pretrained(model: CLIP, folder: str | os.PathLike[str], preprocess: Preprocess | None = None) -> None:
     """Write config.json, preprocessor_config.json and model.safetensors, for ``load`` and for transformers.
 
-    The files appear whole or not at all, under temporary names until all of them are on the disk. A model may be saved
-    over the folder it was loaded from.
+    The files have temporary names until all of them are complete on the disk, so a failure leaves the old files as they
+    were. A model may be saved into the folder from which it was loaded.
 
     Args:
-        model: its parameters are written in the dtype they have, from any device.
-        folder: made if it is missing.
-        preprocess: what goes with the model; OpenAI's at the model's size unless given. Its ``convention`` is no part
-            of the format and is not kept.
+        model: the parameters are written in the dtype that they have, from any device.
+        folder: created if it does not exist.
+        preprocess: the preprocessing of the model; None means OpenAI's at the model's image size. The format has no
+            field for the ``convention``, which is therefore not saved.
 
     Raises:
-        InputError: if it is not a CLIP with its own parameters in float32, float16 or bfloat16.
-        ConfigError: if Hugging Face's configuration has no words for the model, or ``preprocess`` is of another size.
-        CheckpointError: if the files cannot be written; what was there before is then still there.
+        InputError: if ``model`` is not a CLIP with exactly its own parameters, in float32, float16 or bfloat16.
+        ConfigError: if Hugging Face's format cannot describe the model, or ``preprocess`` has another image size.
+        CheckpointError: if the files cannot be written.
     """
     if not isinstance(model, CLIP):
         raise InputError(f"save_pretrained takes a miniclip.CLIP, got {type(model).__name__}")
@@ -42,40 +42,45 @@ def save_pretrained(model: CLIP, folder: str | os.PathLike[str], preprocess: Pre
     preprocess = preprocess or Preprocess(size)
     if preprocess.size != size:
         raise ConfigError(f"the preprocessing makes images of {preprocess.size} pixels, the model takes {size}")
-    tensors = hf_tensors(_checked_state(model))
+    tensors = huggingface.tensors_to_hf(_checked_state(model))
     dtype = str(model.dtype).removeprefix("torch.")
     documents: dict[str, dict[str, Any]] = {
-        "config.json": {**model.config.to_hf(), "dtype": dtype},
-        "preprocessor_config.json": preprocess.to_hf(),
+        "config.json": {**huggingface.config_to_dict(model.config), "dtype": dtype},
+        "preprocessor_config.json": huggingface.preprocess_to_dict(preprocess),
     }
     folder = Path(folder)
-    temporary: dict[Path, Path] = {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # The weights last, so that a folder which is cut off while it is new has none.
-        for name in (*documents, "model.safetensors"):
-            temporary[folder / name] = folder / f".{name}.{os.getpid()}.tmp"
+        _write_files(folder, documents, tensors)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: cannot be written ({error})") from None
+
+
+def _write_files(folder: Path, documents: dict[str, dict[str, Any]], tensors: dict[str, torch.Tensor]) -> None:
+    """Write all files under temporary names, then rename them. If one cannot be written, none is renamed."""
+    # The weights come last: if the process is killed between two renames, a new folder has no weights.
+    names = [*documents, "model.safetensors"]
+    temporary = {folder / name: folder / f".{name}.{os.getpid()}.tmp" for name in names}
+    try:
         for target, path in temporary.items():
             if target.name in documents:
                 path.write_text(json.dumps(documents[target.name], indent=2) + "\n", encoding="utf-8")
             else:
                 save_file(tensors, path, metadata={"format": "pt"})
-                # safetensors makes it readable to its owner alone; the other files have what the user's umask gives.
+                # safetensors lets only the owner read the file. The other files follow the user's umask.
                 path.chmod(next(iter(temporary.values())).stat().st_mode)
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
         for target, path in temporary.items():
-            # Renamed, never overwritten: a model loaded from the old file is a view of it.
+            # The old file is replaced, not overwritten: a model that was loaded from it is a view of its contents.
             path.replace(target)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: cannot be written ({error})") from None
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
 
 
 def _checked_state(model: CLIP) -> dict[str, torch.Tensor]:
-    """The state_dict of a model that is what its configuration says."""
+    """The state_dict of a model, after a check that it has the tensors that its configuration describes."""
     state: dict[str, torch.Tensor] = model.state_dict()
     with torch.device("meta"):
         expected = CLIP(model.config).state_dict()

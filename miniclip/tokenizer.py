@@ -1,7 +1,7 @@
-"""Text -> token ids and back: OpenAI's cleaning and byte-pair encoding (Sennrich et al. 2016), exactly.
+"""Text to token ids and back: OpenAI's cleaning and byte-pair encoding (Sennrich et al. 2016), id for id.
 
-Where Hugging Face's CLIP tokenizer differs (it repairs no mojibake, unescapes no HTML, keeps curly quotes), this one
-follows OpenAI, whose cleaning the weights were trained with.
+Hugging Face's CLIP tokenizer does not repair mojibake, does not unescape HTML and keeps curly quotes. miniclip follows
+OpenAI in these cases, because the weights were trained on OpenAI's ids.
 """
 
 from __future__ import annotations
@@ -26,22 +26,23 @@ START_OF_TEXT = "<|startoftext|>"
 END_OF_TEXT = "<|endoftext|>"
 END_OF_WORD = "</w>"
 
-# A word is a special token, an English contraction, a run of letters, one digit, or a run of other visible characters.
+# A word is a special token, the end of an English contraction, a run of letters, one digit, or a run of other visible
+# characters.
 _WORD = regex.compile(
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE
 )
 
-# The cache is for the words that recur. Emptying it when full keeps it bounded without bookkeeping on every hit, and
-# a word too long to recur is not worth its memory.
+# The cache serves words that occur often. A full cache is emptied: that bounds its memory without any bookkeeping on a
+# hit. Very long words hardly occur twice, so they are not cached.
 _CACHE_WORDS = 100_000
 _CACHE_LETTERS = 40
 
-_LONGEST_CONTEXT = 2**18
+_LONGEST_CONTEXT = 2**18  # far beyond any model; a mistyped length must not exhaust the memory
 
 
 @cache
 def _byte_symbols() -> dict[int, str]:
-    """The 256 bytes in the order of their ids, each with the visible character that stands for it in the merges."""
+    """Each of the 256 bytes, in the order of their ids, and the visible character that the merges write for it."""
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
@@ -49,7 +50,7 @@ def _byte_symbols() -> dict[int, str]:
 
 @cache
 def _vocabulary() -> tuple[tuple[str, ...], dict[tuple[int, int], int]]:
-    """Every token's symbols by id, and the id that each pair of ids merges into; a lower id merges first."""
+    """The symbols of every token, by id, and the id that each pair of ids merges into. A lower id merges first."""
     symbols = list(_byte_symbols().values())
     tokens = symbols + [symbol + END_OF_WORD for symbol in symbols]
     ids = {token: i for i, token in enumerate(tokens)}
@@ -63,7 +64,15 @@ def _vocabulary() -> tuple[tuple[str, ...], dict[tuple[int, int], int]]:
 
 
 class Tokenizer:
-    """OpenAI's tokenizer: 49,408 ids, lower-cased, byte-level. Safe to share between threads."""
+    """OpenAI's byte-level tokenizer with 49,408 ids. Threads may share one instance.
+
+    ``tokenize`` is enough for most programs. This class is for the ids of a text without start, end and padding, and
+    for turning ids back into text.
+
+    Attributes:
+        start_of_text: the id of "<|startoftext|>", 49406.
+        end_of_text: the id of "<|endoftext|>", 49407.
+    """
 
     def __init__(self) -> None:
         self._tokens, self._merges = _vocabulary()
@@ -76,13 +85,23 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
+        """The number of ids: 49,408."""
         return len(self._tokens)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without start and end tokens.
+        """Turn a text into ids, without start and end tokens.
+
+        The text is cleaned first, as in openai/CLIP: ftfy repairs its Unicode, HTML entities are unescaped twice, and
+        all letters become lower case. A special token that is typed in the text becomes that special token.
+
+        Args:
+            text: a text of any length.
+
+        Returns:
+            The ids, each from 0 to 49,407. An empty text has none.
 
         Raises:
-            TypeError: if it is not a string.
+            TypeError: if ``text`` is not a string.
         """
         if not isinstance(text, str):
             raise TypeError(f"text must be a str, got {type(text).__name__}")
@@ -99,17 +118,24 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text that ids stand for: lower case, a space after every word, special tokens spelled out.
+        """Turn ids back into text.
+
+        Args:
+            ids: the ids of one text: a list, a tensor (L,), an array (L,) or another iterable of integers.
+
+        Returns:
+            The text in lower case, with a space after every word. Special tokens are spelled out, and the padding id
+            0 reads as "!". Bytes that are not valid UTF-8 become U+FFFD.
 
         Raises:
-            InputError: for an id outside the vocabulary, or what is not an id.
+            InputError: if an element is not an integer, or not an id of the vocabulary.
         """
         symbols = []
         for i in ids.tolist() if isinstance(ids, Tensor) else ids:
             try:
                 number = index(i)
             except TypeError:
-                raise InputError(f"decode takes the ids of one text, got {type(i).__name__} among them") from None
+                raise InputError(f"decode takes the ids of one text, but one of them is a {type(i).__name__}") from None
             if not 0 <= number < len(self._tokens):
                 raise InputError(f"token id {number} is outside the vocabulary of {len(self._tokens)}")
             symbols.append(self._tokens[number])
@@ -117,18 +143,19 @@ class Tokenizer:
         return data.decode("utf-8", errors="replace").replace(END_OF_WORD, " ")
 
     def _encode_word(self, word: str) -> list[int]:
-        """Merge the pair with the lowest id, leftmost first, until none is left.
+        """Merge the pair with the lowest id, leftmost first, until no pair can be merged.
 
-        OpenAI's loop looks at every pair again after each merge, which is quadratic in a word's length. A merge only
-        creates pairs of higher ids than its own, so a heap over a linked list visits the same merges in the same order.
+        OpenAI's loop looks at every pair again after each merge, so its time is quadratic in the length of a word. A
+        merge creates only pairs with a higher id than its own. Therefore a heap over a linked list makes the same
+        merges in the same order.
         """
         if word in self._special:
             return self._special[word]
         ids = [self._byte_ids[byte] for byte in word.encode("utf-8")]
-        ids[-1] += 256  # the same byte at the end of a word
+        ids[-1] += 256  # the id of the same byte at the end of a word
         merges, size = self._merges, len(ids)
         before, after = list(range(-1, size - 1)), list(range(1, size + 1))
-        # Entries are id << 32 | position in one integer: comparing tuples is most of a heap's time.
+        # An entry is one integer, id << 32 | position: a heap of tuples spends most of its time comparing tuples.
         heap = [merges[pair] << 32 | i for i, pair in enumerate(pairwise(ids)) if pair in merges]
         heapify(heap)
         while heap:
@@ -136,7 +163,7 @@ class Tokenizer:
             merged, i = entry >> 32, entry & 0xFFFFFFFF
             j = after[i]
             if j == size or merges.get((ids[i], ids[j])) != merged:
-                continue  # one half was merged with its other neighbour in the meantime
+                continue  # out of date: one half has been merged with its other neighbour
             ids[i], ids[j] = merged, -1
             after[i] = right = after[j]
             if right < size:
@@ -150,12 +177,12 @@ class Tokenizer:
 
 
 def _clean(text: str) -> str:
-    # On printable ASCII without entities ftfy and unescape change nothing, and they are most of the time spent.
+    # ftfy and unescape take most of the time, and change nothing in printable ASCII without "&".
     if not (text.isascii() and text.isprintable() and "&" not in text):
-        import ftfy  # half of the time that importing miniclip would take, and most programs never come here
+        import ftfy  # here, because it would double the time of importing miniclip and few programs need it
 
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return text.lower()  # OpenAI also collapses and strips white space, but no word holds any
+    return text.lower()  # OpenAI also collapses and strips white space; _WORD skips white space anyway
 
 
 @cache
@@ -164,27 +191,29 @@ def _tokenizer() -> Tokenizer:
 
 
 def tokenize(texts: str | Iterable[str], context_length: int = 77, truncate: bool = False) -> Tensor:
-    """Token ids of one or more texts, between start and end tokens and padded with zeros.
+    """Turn one or more texts into the token ids that ``CLIP.encode_text`` takes.
+
+    Every row holds the start token, the ids of the text, the end token, and zeros up to ``context_length``.
 
     Args:
-        texts: one text, or any iterable of them.
-        context_length: L, the length of every row; 77 for all of OpenAI's models.
-        truncate: cut a text that does not fit, keeping its end token, instead of raising.
+        texts: one text, or any iterable of texts.
+        context_length: L, the length of every row. All of OpenAI's models have 77.
+        truncate: if true, a text that is too long is cut and its last token becomes the end token.
 
     Returns:
-        An int32 tensor (N, L).
+        (N, L) int32, one row per text. One text alone is one row.
 
     Raises:
-        TextTooLongError: (a ValueError and a RuntimeError) if a text does not fit and ``truncate`` is False.
-        TypeError: if a text is not a string.
-        InputError: if ``context_length`` cannot hold the start and end tokens, or no model has it.
+        TextTooLongError: if a text is too long and ``truncate`` is false. It is a ValueError and a RuntimeError.
+        TypeError: if ``texts`` is neither a string nor an iterable of strings.
+        InputError: if ``context_length`` is not an integer from 2 to 262,144.
     """
     if not isinstance(context_length, int) or not 2 <= context_length <= _LONGEST_CONTEXT:
         raise InputError(
-            f"context_length must be from 2, a start and an end token, to {_LONGEST_CONTEXT}, got {context_length!r}"
+            f"context_length must be from 2 (a start and an end token) to {_LONGEST_CONTEXT}, got {context_length!r}"
         )
     if isinstance(texts, bytes) or not isinstance(texts, Iterable):
-        raise TypeError(f"texts must be a str or an iterable of them, got {type(texts).__name__}")
+        raise TypeError(f"texts must be a str or an iterable of str, got {type(texts).__name__}")
     texts = [texts] if isinstance(texts, str) else list(texts)
     tokenizer = _tokenizer()
     result = np.zeros((len(texts), context_length), dtype=np.int32)

@@ -1,4 +1,4 @@
-"""Zero-shot classification (section 3.1 of the paper): the labels are the classifier."""
+"""Zero-shot classification (section 3.1 of the paper, arXiv:2103.00020): the embedded labels are the classifier."""
 
 from __future__ import annotations
 
@@ -12,34 +12,30 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from miniclip.errors import InputError
+from miniclip.errors import InputError, TextTooLongError
 from miniclip.model import CLIP
 from miniclip.preprocess import Preprocess
 from miniclip.tokenizer import tokenize
 
+#: (label, probability) for every label, most probable first.
 Answer = list[tuple[str, float]]
 
-# Enough to keep a processor busy; more only costs memory.
+# These batches are large enough to keep a processor busy. Larger ones only cost memory.
 _TEXTS_PER_BATCH = 256
 _IMAGES_PER_BATCH = 32
 
 
 class ZeroShotClassifier:
-    """Answers which of the labels an image shows. The prompts are encoded once, here; an image costs one forward.
+    """Tells which of the given labels an image shows.
 
-    Args:
-        model, preprocess: as ``miniclip.load`` returns them.
-        labels: the candidates, each once.
-        templates: prompts in which "{}" stands for the label. Several are averaged as OpenAI does: every prompt's
-            embedding is normalised, then their mean is.
+    The constructor encodes all prompts once. After that an image costs one forward pass of the image tower.
 
     Attributes:
+        model: the CLIP that encodes prompts and images.
+        preprocess: what turns a PIL image into pixels.
         labels: the labels, in the order given.
-        weights: (labels, D) unit vectors in the model's dtype, one per label.
-
-    Raises:
-        InputError: for no labels, a label given twice, no templates, or a template without "{}".
-        TextTooLongError: if a prompt does not fit the model's context.
+        templates: the prompt templates, in the order given.
+        weights: (labels, D) one unit vector per label, in the dtype the model had when the classifier was made.
     """
 
     def __init__(
@@ -49,6 +45,21 @@ class ZeroShotClassifier:
         labels: Sequence[str],
         templates: Sequence[str] = ("a photo of a {}.",),
     ) -> None:
+        """Encode the prompts, which are every label in every template.
+
+        Several templates are averaged as OpenAI's notebook does: each prompt's embedding is normalised, the mean over
+        the templates is taken, and the mean is normalised again.
+
+        Args:
+            model: the model that ``miniclip.load`` returns.
+            preprocess: the preprocessing that ``miniclip.load`` returns with the model.
+            labels: the candidates, each of them once.
+            templates: prompts in which "{}" stands for the label.
+
+        Raises:
+            InputError: if there are no labels or no templates, a label occurs twice, or a template has no "{}".
+            TextTooLongError: if a prompt does not fit the model's context.
+        """
         self.model = model
         self.preprocess = preprocess
         self.labels = _strings("labels", labels)
@@ -58,10 +69,10 @@ class ZeroShotClassifier:
                 raise InputError(f"the label {label!r} is given {times} times")
         for template in self.templates:
             if "{}" not in template:
-                raise InputError(f"the template {template!r} has no {{}} for the label to go")
+                raise InputError(f"the template {template!r} has no {{}} for the label")
         prompts = [template.replace("{}", label) for label in self.labels for template in self.templates]
         with torch.no_grad():
-            tokens = tokenize(prompts, model.context_length).to(model.device)
+            tokens = _tokenize_prompts(prompts, model.context_length).to(model.device)
             embeddings = torch.cat([model.encode_text(batch) for batch in tokens.split(_TEXTS_PER_BATCH)])
             embeddings = F.normalize(embeddings, dim=1).view(len(self.labels), len(self.templates), -1)
             self.weights = F.normalize(embeddings.mean(dim=1), dim=1)  # (labels, D)
@@ -71,8 +82,21 @@ class ZeroShotClassifier:
     @overload
     def __call__(self, images: Iterable[Image.Image]) -> list[Answer]: ...
     def __call__(self, images: Image.Image | Iterable[Image.Image]) -> Answer | list[Answer]:
-        """One PIL image -> [(label, probability), …], most probable first; several images -> a list of those."""
-        if isinstance(images, Image.Image):
+        """Classify one PIL image or several.
+
+        Args:
+            images: one image, or any iterable of images. An iterator is read in batches, so it may be long.
+
+        Returns:
+            For one image, a list of (label, probability), most probable first. For several, a list of such lists.
+
+        Raises:
+            InputError: if the similarities of an image are not finite.
+            TypeError: if something else than PIL images is given.
+        """
+        if isinstance(images, Tensor):
+            raise TypeError("the classifier takes PIL images, got a tensor; for preprocessed pixels use probabilities")
+        if isinstance(images, Image.Image) or not isinstance(images, Iterable):  # preprocess names what is not an image
             return self([images])[0]
         stream = iter(images)
         answers: list[Answer] = []
@@ -83,10 +107,16 @@ class ZeroShotClassifier:
 
     @torch.no_grad()
     def probabilities(self, pixels: Tensor) -> Tensor:
-        """Preprocessed images (N, 3, S, S) -> float32 (N, labels): the softmax over the labels, in the order given.
+        """Classify preprocessed images.
+
+        Args:
+            pixels: (N, 3, S, S) as ``preprocess`` returns them, of any floating-point dtype and on any device.
+
+        Returns:
+            (N, labels) float32: the softmax over the labels, in the order given.
 
         Raises:
-            InputError: for pixels the model does not take, or whose similarities are not finite.
+            InputError: if the model does not take these pixels, or if the similarities are not finite.
         """
         if isinstance(pixels, Tensor):
             pixels = pixels.to(self.model.device)
@@ -99,6 +129,13 @@ class ZeroShotClassifier:
                     f"infinity, or overflow in {logits.dtype}"
                 )
         return logits.float().softmax(dim=1)
+
+
+def _tokenize_prompts(prompts: list[str], context_length: int) -> Tensor:
+    try:
+        return tokenize(prompts, context_length)
+    except TextTooLongError as error:  # its advice, to pass truncate=True, does not apply here
+        raise TextTooLongError(f"{str(error).rpartition('; ')[0]}; shorten the label or the template") from None
 
 
 def _strings(name: str, values: Sequence[str]) -> tuple[str, ...]:

@@ -1,10 +1,10 @@
-"""What several test files share: small seeded Hugging Face checkpoints, written by transformers itself."""
+"""Fixtures that several test files share: small seeded Hugging Face checkpoints, written by transformers."""
 
 from __future__ import annotations
 
 import os
 
-# Nothing here may reach the network, whatever the machine it runs on.
+# No test may reach the network, also on a machine that has one. Set before anything imports huggingface_hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
 
@@ -37,12 +37,12 @@ TINY: dict[str, Any] = {
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """``base`` with ``changes`` laid over it, section by section."""
+    """A copy of ``base`` with ``changes`` applied, section by section."""
     return base | {k: merged(base[k], v) if isinstance(base.get(k), dict) else v for k, v in changes.items()}
 
 
 def make_reference(seed: int = 0, **changes: Any) -> CLIPModel:
-    """A small transformers.CLIPModel with random weights, in which no bias is zero and no norm is one."""
+    """A small transformers.CLIPModel with random weights. No bias is zero and no gain is one."""
     torch.manual_seed(seed)
     model = CLIPModel(CLIPConfig(**merged(TINY, changes), attn_implementation="sdpa"))
     with torch.no_grad():
@@ -58,12 +58,13 @@ def make_reference(seed: int = 0, **changes: Any) -> CLIPModel:
 
 @pytest.fixture(scope="session")
 def reference() -> CLIPModel:
+    """transformers' model with the weights of ``tiny``. Do not change it: all tests share it."""
     return make_reference()
 
 
 @pytest.fixture(scope="session")
 def tiny(reference: CLIPModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hugging Face folder with ``reference``'s weights. Read only: copy it before changing it."""
+    """A Hugging Face folder with ``reference``'s weights. Do not change it: copy it first."""
     folder = tmp_path_factory.mktemp("tiny")
     reference.save_pretrained(folder)
     return folder

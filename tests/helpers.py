@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -11,6 +12,10 @@ import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
+
+#: Values that a size in a configuration file cannot have.
+INVALID_VALUES: list[object] = [None, "768", "", True, False, -1, 0, 1.5, 768.0, 1e300, math.nan, math.inf]
+INVALID_VALUES += [[], [1], [1, 2], {}, {"a": 1}, 2**31, 10**400]
 
 
 def run_python(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:

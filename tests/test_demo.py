@@ -13,14 +13,15 @@ import common
 import demo_quality
 import pytest
 import torch
+from helpers import ROOT
 from safetensors import safe_open
 from transformers import CLIPModel
 
 import miniclip
-import validate
 from miniclip import hub
+from validation.report import make_report
+from validation.weights import weights_for
 
-ROOT = Path(validate.__file__).parent
 FOLDER = hub.BUNDLED["demo"]
 
 
@@ -71,8 +72,8 @@ def test_transformers_reads_it() -> None:
 
 
 def test_validate_follows_it_stage_by_stage() -> None:
-    with validate.weights_for("demo", download=False) as pair:
-        report = validate.validate(pair, "demo", "cpu", torch.float32)
+    with weights_for("demo", download=False) as pair:
+        report = make_report(pair, "demo", "cpu", torch.float32)
     assert report.first_drift is None
     assert len(report.rows) > 20
 

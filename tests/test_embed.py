@@ -22,14 +22,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from embedding_reader import EmbeddingReader
+from helpers import ROOT
 from PIL import Image
 
 import miniclip
-import validate
 from miniclip import cli, embed, sources, store
 from miniclip.errors import StorageError
-
-ROOT = Path(validate.__file__).parent
+from validation.reference import sample_images
 
 
 def picture(path: Path, seed: int, size: tuple[int, int] = (40, 30)) -> Path:
@@ -401,7 +400,7 @@ def test_a_model_may_move_but_not_change(photos: Path, tiny: Path, tmp_path: Pat
 
 
 def test_fast_decoding_decodes_less(tiny: Path, tmp_path: Path) -> None:
-    photo = validate.sample_photos()[0].resize((1200, 900))
+    photo = sample_images()[0].resize((1200, 900))
     (tmp_path / "photos").mkdir()
     photo.save(tmp_path / "photos" / "photo.jpg", quality=90)
     vectors = []
@@ -411,7 +410,7 @@ def test_fast_decoding_decodes_less(tiny: Path, tmp_path: Path) -> None:
         miniclip.embed_images(tmp_path / "photos", out, str(tiny), device="cpu", fast_decode=fast)
         vectors.append(np.load(out / "img_emb" / "img_emb_0.npy")[0].astype(float))
         at_least = preprocess.size * 3 // 2 if fast else None
-        image = miniclip.open_image(tmp_path / "photos" / "photo.jpg", at_least=at_least)
+        image = miniclip.open_image(tmp_path / "photos" / "photo.jpg", min_side=at_least)
         expected = F.normalize(model.encode_image(preprocess([image])), dim=1)[0].numpy()
         assert np.abs(vectors[-1] - expected).max() < 6e-4
     assert np.abs(vectors[0] - vectors[1]).max() > 1e-3

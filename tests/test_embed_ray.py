@@ -11,12 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 from PIL import Image
 from test_embed import contents, picture, run
-
-import validate
-
-ROOT = Path(validate.__file__).parent
 
 
 def started(*arguments: object, **environment: str) -> subprocess.Popen[str]:

@@ -16,12 +16,12 @@ import emoji_data
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import ROOT
 from PIL import Image
 
 import miniclip
-import validate
 
-EXAMPLES = Path(validate.__file__).parent / "examples"
+EXAMPLES = ROOT / "examples"
 ENTRIES = [
     {"hexcode": "1F355", "label": "pizza", "tags": ["cheese", "slice"], "group": 4},
     {"hexcode": "1F1EB-1F1F7", "label": "flag: France", "tags": ["FR", "flag"], "group": 9},

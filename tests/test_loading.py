@@ -1,4 +1,4 @@
-"""``load``: what a name means, devices and dtypes, the model it returns, and the preprocessing that goes with it."""
+"""``load``: the meaning of a name, devices and dtypes, the model it returns, and the preprocessing of that model."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from miniclip import CLIP, CheckpointError, ConfigError, Preprocess, UnknownMode
 from miniclip.checkpoint import open_checkpoint
 from miniclip.config import CLIPConfig
 from miniclip.errors import MiniclipError
+from miniclip.huggingface import config_from_dict
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +43,15 @@ def nothing_is_fetched(*arguments: object) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test here is meant to ask the Hub; those that follow a name there put something else in its place."""
+    """No test here may ask the Hub. Tests of names that lead there replace these functions again."""
     monkeypatch.setattr(hub, "fetch_known", nothing_is_fetched)
     monkeypatch.setattr(hub, "fetch_repository", nothing_is_fetched)
 
 
-# -- what a name means ------------------------------------------------------------------------------------------------
+# -- the meaning of a name --------------------------------------------------------------------------------------------
 
 
-def test_paths_of_all_kinds(
+def test_paths_of_all_kinds_are_loaded(
     tiny: Path, tmp_path: Path, state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -74,7 +75,7 @@ def test_paths_of_all_kinds(
         assert loads(name, state), name
 
 
-def test_a_path_beats_a_known_name(
+def test_existing_path_wins_over_a_known_name(
     tiny: Path, tmp_path: Path, state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -86,7 +87,7 @@ def test_a_path_beats_a_known_name(
 
 
 @pytest.mark.parametrize("quick_gelu", [False, True])
-def test_a_known_name_has_a_pinned_configuration(
+def test_known_name_has_a_pinned_configuration(
     quick_gelu: bool, tmp_path: Path, state: dict[str, Tensor], tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """OpenAI's weights need QuickGELU, whatever the file beside them says."""
@@ -107,12 +108,12 @@ def test_a_known_name_has_a_pinned_configuration(
         assert model.config == config
         assert preprocess == Preprocess(32)
     assert asked == [("ViT-B/16", Path.home() / "cache")] * 3
-    # what is said is not silently ignored
+    # arguments win over the pinned configuration
     model = miniclip.load("ViT-B/16", "cpu", activation="gelu", heads=(2, 6))[0]
     assert model.config == config.override("gelu", (2, 6))
 
 
-def test_the_default_is_b32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_model_is_vit_b32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "fetch_known", lambda name, cache_dir: Path(f"/nowhere/{name}/{cache_dir}"))
     with pytest.raises(CheckpointError, match=r"^/nowhere/ViT-B/32/None: is not a file"):
         miniclip.load(device="cpu")
@@ -128,7 +129,7 @@ def test_the_default_is_b32(monkeypatch: pytest.MonkeyPatch) -> None:
         ("openai/clip-vit-base-patch32@abc", ("openai/clip-vit-base-patch32", "abc")),
     ],
 )
-def test_repositories(
+def test_repository_names_are_split_into_name_and_revision(
     name: str, expected: tuple[str, str], tiny: Path, state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
@@ -149,6 +150,7 @@ def test_repositories(
         "ViT-B/33",
         "vit-b/32",
         "ViT-L/14@448px",
+        "ViT-L/14-336px",
         "ViT-bigG/14",
         "",
         " ",
@@ -165,7 +167,7 @@ def test_repositories(
         Path("missing"),
     ],
 )
-def test_unknown_names_are_answered_with_the_known_ones(name: str | Path) -> None:
+def test_error_for_an_unknown_name_lists_the_known_names(name: str | Path) -> None:
     with pytest.raises(UnknownModelError) as caught:
         miniclip.load(name, "cpu")
     message = str(caught.value)
@@ -175,19 +177,19 @@ def test_unknown_names_are_answered_with_the_known_ones(name: str | Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["RN50", "RN101", "RN50x4", "RN50x64"])
-def test_resnets_are_answered_with_what_there_is(name: str) -> None:
+def test_error_for_a_resnet_lists_the_vision_transformers(name: str) -> None:
     with pytest.raises(UnknownModelError, match=f"{name} is a ResNet; miniclip has OpenAI's Vision Transformers: "):
         miniclip.load(name, "cpu")
 
 
 @pytest.mark.parametrize("name", [None, 3, b"ViT-B/32", ["ViT-B/32"]])
-def test_what_is_no_name_is_a_type_error(name: Any) -> None:
+def test_name_of_another_type_is_a_type_error(name: Any) -> None:
     with pytest.raises(TypeError):
         miniclip.load(name, "cpu")
 
 
-def test_a_folder_like_the_hubs_cache(tiny: Path, tmp_path: Path, state: dict[str, Tensor]) -> None:
-    """snapshots/<commit>/model.safetensors is a link to ../../blobs/<sha256>, and nothing but links lies beside it."""
+def test_folder_of_links_as_in_the_hubs_cache_is_loaded(tiny: Path, tmp_path: Path, state: dict[str, Tensor]) -> None:
+    """snapshots/<commit>/ holds only links, such as model.safetensors to ../../blobs/<sha256>."""
 
     def snapshot(source: Path) -> Path:
         blobs, commit = (tmp_path / "cache" / source.name / part for part in ("blobs", "snapshots/c0ffee"))
@@ -201,32 +203,32 @@ def test_a_folder_like_the_hubs_cache(tiny: Path, tmp_path: Path, state: dict[st
 
     commit = snapshot(tiny)
     assert loads(commit, state)
-    assert loads(commit / "model.safetensors", state)  # its configuration beside the link, not beside the blob
+    assert loads(commit / "model.safetensors", state)  # its configuration lies beside the link, not beside the blob
     make_reference().save_pretrained(tmp_path / "sharded", max_shard_size="4MB")
     commit = snapshot(tmp_path / "sharded")
     assert loads(commit, state)
     (commit / "config.json").unlink()
     (commit / "config.json").symlink_to("../../blobs/gone")
-    with pytest.raises(ConfigError, match="no configuration of a CLIP lies beside"):
+    with pytest.raises(ConfigError, match="there is no CLIP configuration beside"):
         miniclip.load(commit, "cpu")
 
 
 # -- options ----------------------------------------------------------------------------------------------------------
 
 
-def test_jit_is_refused_in_a_sentence(tiny: Path) -> None:
+def test_jit_is_refused(tiny: Path) -> None:
     with pytest.raises(ConfigError, match="jit=True loads openai/CLIP's TorchScript archives, which miniclip does not"):
         miniclip.load(tiny, "cpu", True)
 
 
 @pytest.mark.parametrize("dtype", ["float32", torch.int8, torch.int64, torch.bool, torch.complex64, float, 32])
-def test_dtypes_that_are_none(dtype: Any, tiny: Path) -> None:
+def test_unknown_dtypes_are_refused(dtype: Any, tiny: Path) -> None:
     with pytest.raises(ConfigError, match=r"dtype must be one of torch\.float32, .*torch\.float16, got"):
         miniclip.load(tiny, "cpu", dtype=dtype)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cpu:0", "cpu:1", torch.device("cpu"), torch.device("cpu", 0)])
-def test_the_cpu_by_all_its_names(device: Any, tiny: Path) -> None:
+def test_cpu_is_known_by_all_its_names(device: Any, tiny: Path) -> None:
     model = miniclip.load(tiny, device)[0]
     assert model.device == torch.device("cpu")
     assert model.dtype == torch.float32
@@ -234,12 +236,12 @@ def test_the_cpu_by_all_its_names(device: Any, tiny: Path) -> None:
 
 
 @pytest.mark.parametrize("device", ["gpu", "", "cuda:x", "cuda:-1", "CPU", "meta", torch.device("meta"), 1.5, [], True])
-def test_devices_that_are_none(device: Any, tiny: Path) -> None:
+def test_unknown_devices_are_refused(device: Any, tiny: Path) -> None:
     with pytest.raises(ConfigError, match=r"unknown device .*; use 'cpu', 'cuda', 'cuda:N' or 'mps'"):
         miniclip.load(tiny, device)
 
 
-def test_devices_that_are_not_there(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_devices_are_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     for device in ("cuda", "cuda:1", torch.device("cuda", 0), "mps"):
@@ -253,12 +255,12 @@ def test_devices_that_are_not_there(tiny: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("options", [{"jit": True}, {"device": "gpu"}, {"dtype": "half"}])
-def test_options_are_checked_before_anything_is_fetched(options: dict[str, Any]) -> None:
+def test_options_are_checked_before_any_download(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         miniclip.load("ViT-B/32", **({"device": "cpu"} | options))
 
 
-def test_fast_reaches_the_model(tiny: Path) -> None:
+def test_fast_is_passed_to_the_model(tiny: Path) -> None:
     assert miniclip.load(tiny, "cpu")[0].fast is True
     assert miniclip.load(tiny, "cpu", fast=False)[0].fast is False
 
@@ -266,7 +268,7 @@ def test_fast_reaches_the_model(tiny: Path) -> None:
 # -- the model --------------------------------------------------------------------------------------------------------
 
 
-def test_the_model_is_frozen_and_in_eval_mode(tiny: Path) -> None:
+def test_model_is_frozen_and_in_eval_mode(tiny: Path) -> None:
     model = miniclip.load(tiny, "cpu")[0]
     assert not any(module.training for module in model.modules())
     assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -281,7 +283,7 @@ def test_loading_draws_no_random_numbers(tiny: Path, state: dict[str, Tensor]) -
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_model_is_built_without_memory(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_is_built_on_the_meta_device(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built = []
 
     class Spy(CLIP):
@@ -301,8 +303,8 @@ def file_positions(path: Path) -> dict[str, int]:
     return {name: 8 + length + header[name]["data_offsets"][0] for name in header if name != "__metadata__"}
 
 
-def test_on_the_cpu_tensors_are_views_of_the_mapped_file(tiny: Path) -> None:
-    """Those that neither layout splits up or transposes lie in memory as they lie in the file: nothing was copied."""
+def test_cpu_tensors_are_views_of_the_memory_mapped_file(tiny: Path) -> None:
+    """Tensors that need no stacking and no transposing have the same distances in memory as in the file: no copies."""
     model = miniclip.load(tiny, "cpu")[0]
     positions = file_positions(tiny / "model.safetensors")
     views = {
@@ -315,13 +317,13 @@ def test_on_the_cpu_tensors_are_views_of_the_mapped_file(tiny: Path) -> None:
     starts = {tensor.data_ptr() - positions[name] for name, tensor in views.items()}
     assert len(starts) == 1
     maps = Path("/proc/self/maps")
-    if maps.exists():  # Linux shows what is mapped where
+    if maps.exists():  # Linux lists the mapped files
         (start,) = starts
         mapped = [line for line in maps.read_text().splitlines() if str(tiny / "model.safetensors") in line]
         assert start in [int(line.partition("-")[0], 16) for line in mapped]
 
 
-def test_changing_the_model_never_changes_the_file(tiny: Path, state: dict[str, Tensor]) -> None:
+def test_changing_the_model_does_not_change_the_file(tiny: Path, state: dict[str, Tensor]) -> None:
     before = (tiny / "model.safetensors").read_bytes()
     model = miniclip.load(tiny, "cpu")[0]
     with torch.no_grad():
@@ -339,14 +341,14 @@ def test_parameters_do_not_share_memory(tiny: Path) -> None:
     assert all(end <= start for (_, end), (start, _) in pairwise(spans))
 
 
-def test_the_configuration_is_kept(tiny: Path) -> None:
+def test_model_keeps_its_configuration(tiny: Path) -> None:
     config = json.loads((tiny / "config.json").read_text())
-    assert miniclip.load(tiny, "cpu")[0].config == CLIPConfig.from_hf(config)
+    assert miniclip.load(tiny, "cpu")[0].config == config_from_dict(config)
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
-def test_on_cuda_every_parameter_arrives(dtype: torch.dtype | None, tiny: Path, state: dict[str, Tensor]) -> None:
+def test_every_parameter_arrives_on_cuda(dtype: torch.dtype | None, tiny: Path, state: dict[str, Tensor]) -> None:
     for device in (None, "cuda", "cuda:0"):
         model = miniclip.load(tiny, device, dtype=dtype)[0]
         expected = torch.float16 if dtype is None else dtype
@@ -367,7 +369,7 @@ HALF = (0.5, 0.5, 0.5)
 PROCESSOR = {"crop_size": 32, "size": {"shortest_edge": 40}, "image_mean": HALF, "image_std": HALF}
 
 
-def test_the_preprocessing_fits_the_model(tiny: Path) -> None:
+def test_preprocessing_fits_the_model(tiny: Path) -> None:
     model, preprocess = miniclip.load(tiny, "cpu")
     assert preprocess == Preprocess(32)
     assert model.encode_image(preprocess([Image.new("RGB", (50, 40))])).shape == (1, 48)
@@ -377,7 +379,7 @@ def test_the_preprocessing_fits_the_model(tiny: Path) -> None:
     ("name", "content"),
     [("preprocessor_config.json", PROCESSOR), ("processor_config.json", {"image_processor": PROCESSOR})],
 )
-def test_the_preprocessing_beside_the_weights_is_followed(name: str, content: Any, folder: Path) -> None:
+def test_preprocessor_config_beside_the_weights_is_used(name: str, content: Any, folder: Path) -> None:
     (folder / name).write_text(json.dumps(content))
     expected = Preprocess(32, mean=HALF, std=HALF, shortest_edge=40)
     assert miniclip.load(folder, "cpu")[1] == expected
@@ -386,7 +388,7 @@ def test_the_preprocessing_beside_the_weights_is_followed(name: str, content: An
     assert miniclip.load(folder, "cpu")[1] == replace(expected, std=(1.0, 1.0, 1.0))
 
 
-def test_open_clips_preprocessing_is_followed(state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_preprocessing_of_open_clip_is_used(state: dict[str, Tensor], tmp_path: Path) -> None:
     save_file(state, tmp_path / "open_clip_model.safetensors")
     vision = {"image_size": 32, "layers": 3, "width": 64, "head_width": 16, "patch_size": 8, "mlp_ratio": 2.5}
     text = {"width": 48, "heads": 3, "layers": 2, "mlp_ratio": 2.0}
@@ -413,14 +415,14 @@ def no_crop(config: dict[str, Any]) -> dict[str, Any]:
         ("processor_config.json", {"image_processor": None}, "the preprocessing must be an object"),
     ],
 )
-def test_preprocessing_that_does_not_fit(name: str, content: Any, pattern: str, folder: Path) -> None:
+def test_preprocessing_that_does_not_fit_is_refused(name: str, content: Any, pattern: str, folder: Path) -> None:
     (folder / name).write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=pattern) as caught:
         miniclip.load(folder, "cpu")
     assert str(caught.value).count(str(folder / name)) == 1
 
 
-def test_nothing_is_filled_before_everything_fits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_tensor_is_read_before_everything_fits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def read(*arguments: object, **options: object) -> None:
         raise AssertionError("the numbers were read")
 
@@ -436,7 +438,7 @@ def test_nothing_is_filled_before_everything_fits(folder: Path, monkeypatch: pyt
             miniclip.load(folder, "cpu")
 
 
-def test_every_error_is_also_the_builtin_it_stands_for() -> None:
+def test_errors_are_also_builtin_errors() -> None:
     assert issubclass(CheckpointError, ValueError)
     assert issubclass(ConfigError, ValueError)
     assert issubclass(UnknownModelError, RuntimeError)

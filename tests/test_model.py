@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from transformers import CLIPModel
 
 import miniclip
-from miniclip import CLIP, InputError, hub, tokenize
+from miniclip import CLIP, InputError, hub, layers, prefixes, tokenize
+from miniclip import model as model_module
 from miniclip.model import ResidualAttentionBlock
 
 TEXTS = ["a photo of a cat", "two dogs, and a very small bird on a wire", ""]
@@ -60,8 +62,8 @@ def openai_names(vision_layers: int, text_layers: int) -> set[str]:
     names |= {"ln_final.weight", "ln_final.bias", "visual.class_embedding", "visual.conv1.weight"}
     names |= {"visual.positional_embedding", "visual.proj"}
     names |= {f"visual.{norm}.{part}" for norm in ("ln_pre", "ln_post") for part in ("weight", "bias")}
-    for prefix, layers in (("visual.transformer", vision_layers), ("transformer", text_layers)):
-        names |= {f"{prefix}.resblocks.{i}.{name}" for i in range(layers) for name in block}
+    for prefix, count in (("visual.transformer", vision_layers), ("transformer", text_layers)):
+        names |= {f"{prefix}.resblocks.{i}.{name}" for i in range(count) for name in block}
     return names
 
 
@@ -191,7 +193,7 @@ def test_loss_and_every_gradient_equal_transformers(fresh: CLIP, reference64: CL
     loss.backward()
     assert close(loss.detach(), expected.detach())
     grads = {name: parameter.grad for name, parameter in theirs.named_parameters()}
-    from miniclip.checkpoint import HF_TO_OPENAI, TRANSPOSED
+    from miniclip.huggingface import HF_TO_OPENAI, TRANSPOSED
 
     compared = 0
     for name, parameter in fresh.named_parameters():
@@ -261,16 +263,82 @@ def test_the_text_tower_shares_parameters_and_adds_no_names(fresh: CLIP) -> None
 # -- texts of any length --------------------------------------------------------------------------------------------
 
 
-def test_cutting_a_batch_is_exact(model: CLIP, tiny: Path) -> None:
-    slow, _ = miniclip.load(tiny, "cpu", dtype=torch.float64, fast=False)
+def record_shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The numbers of queries and keys of each attention from now on."""
+    shapes: list[tuple[int, int]] = []
+    attend = layers.attend
+
+    def recorded(q: Tensor, k: Tensor, *others: Any, **settings: Any) -> Tensor:
+        shapes.append((len(q), len(k)))
+        return attend(q, k, *others, **settings)
+
+    for module in (layers, prefixes):
+        monkeypatch.setattr(module, "attend", recorded)
+    return shapes
+
+
+@pytest.mark.parametrize("way", ["trees", "no trees", "gradients", "half precision"])
+def test_the_last_block_computes_what_is_pooled(
+    fresh: CLIP, images: Tensor, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a batch of texts is cut after its longest: 13 of 77 tokens here (a comma is a token)."""
     tokens = tokenize(TEXTS)
-    lengths: list[int] = []
-    hook = model.transformer.register_forward_pre_hook(lambda _, args: lengths.append(len(args[0])))
-    slow_hook = slow.transformer.register_forward_pre_hook(lambda _, args: lengths.append(len(args[0])))
-    assert close(model.encode_text(tokens), slow.encode_text(tokens), 1e-13)
+    dtype = torch.float16 if way == "half precision" else torch.float64
+    fresh.to(dtype).fast = False
+    expected = fresh.encode_image(images).detach(), fresh.encode_text(tokens)
+    fresh.fast = True
+    if way != "trees":  # as on a device
+        monkeypatch.setattr(model_module, "is_ordinary", lambda x: False)
+    fresh.requires_grad_(way == "gradients")
+    shapes = record_shapes(monkeypatch)
+    given = fresh.encode_image(images), fresh.encode_text(tokens)
+    tolerance = 1e-2 if way == "half precision" else 1e-12
+    assert all(close(a.detach(), b.detach(), tolerance) for a, b in zip(given, expected))
+    text = [(12, 13), (1, 13)] if way == "trees" else [(13, 13), (1, 13)]
+    assert shapes == [(17, 17), (17, 17), (1, 17), *text]
+    fresh.fast = False
+    shapes.clear()
+    fresh.encode_image(images)
+    fresh.encode_text(tokens)
+    assert shapes == [(17, 17)] * 3 + [(77, 77)] * 2
+
+
+def test_hooks_see_what_they_see_in_openai_clip(fresh: CLIP, images: Tensor) -> None:
+    """A hook anywhere in a tower: every token of every block, and ln_final over all of them."""
+    tokens = tokenize(TEXTS)
+    expected = fresh.encode_image(images), fresh.encode_text(tokens)
+    image = {"visual.conv1": (3, 64, 4, 4), "visual.ln_pre": (3, 17, 64), "visual.transformer": (17, 3, 64)}
+    image |= {f"visual.transformer.resblocks.2{part}": (17, 3, 64) for part in ("", ".ln_1", ".attn", ".mlp.c_proj")}
+    image |= {"visual.ln_post": (3, 64), "visual": (3, 48), "visual.transformer.resblocks.2.mlp.gelu": (17, 3, 160)}
+    text = {"token_embedding": (3, 77, 48), "transformer": (77, 3, 48), "ln_final": (3, 77, 48)}
+    text |= {f"transformer.resblocks.1{part}": (77, 3, 48) for part in ("", ".ln_2", ".attn.out_proj", ".mlp")}
+    seen: list[tuple[int, ...]] = []
+    for name, shape in {**image, **text}.items():
+        hook = fresh.get_submodule(name).register_forward_hook(
+            lambda _, given, output: seen.append(tuple(output.shape))
+        )
+        assert close(fresh.encode_image(images), expected[0])
+        assert close(fresh.encode_text(tokens), expected[1])
+        hook.remove()
+        assert seen == [shape], name
+        seen.clear()
+
+
+def test_a_hook_sees_a_large_batch_whole(fresh: CLIP, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.randn(9, 3, 32, 32, dtype=torch.float64)
+    expected = fresh.encode_image(images)
+    monkeypatch.setattr(model_module, "MAX_TOKENS", 17 * 2)
+    batches: list[int] = []
+    with monkeypatch.context() as patched:
+        embed = fresh.visual.embed
+        patched.setattr(fresh.visual, "embed", lambda x: batches.append(len(x)) or embed(x))  # type: ignore[func-returns-value]
+        assert close(fresh.encode_image(images), expected)
+    assert batches == [2, 2, 2, 2, 1]
+    batches.clear()
+    hook = fresh.visual.transformer.register_forward_hook(lambda _, args, output: batches.append(output.shape[1]))
+    assert close(fresh.encode_image(images), expected)
     hook.remove()
-    slow_hook.remove()
-    assert lengths == [13, 77]  # a comma is a token
+    assert batches == [9]
 
 
 def test_what_follows_the_end_token_does_not_matter(model: CLIP) -> None:

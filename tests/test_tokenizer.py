@@ -1,4 +1,4 @@
-"""The tokenizer against OpenAI's own (pinned ids), against Hugging Face's, and at its edges."""
+"""The tokenizer compared with OpenAI's (pinned ids) and Hugging Face's, and at its limits."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from transformers import CLIPTokenizer
 
 import miniclip.tokenizer
 from miniclip import InputError, MiniclipError, TextTooLongError, Tokenizer, tokenize
-from validate import reference_tokenizer
+from validation.reference import reference_tokenizer
 
-# Written by data/make_tokenizer_goldens.py from the openai-clip package.
+# Written by data/make_tokenizer_goldens.py with the tokenizer of the openai-clip package.
 GOLDENS = json.loads(gzip.decompress((Path(__file__).parent / "data" / "tokenizer_goldens.json.gz").read_bytes()))
 CASES: list[tuple[str, str, list[int]]] = [(name, text, ids) for name, text, ids in GOLDENS["cases"]]
 
@@ -48,7 +48,7 @@ def failures(tokenizer: Tokenizer, cases: list[tuple[str, str, list[int]]] = CAS
 # -- the ids --------------------------------------------------------------------------------------------------------
 
 
-def test_every_golden(tokenizer: Tokenizer) -> None:
+def test_ids_equal_all_goldens(tokenizer: Tokenizer) -> None:
     assert len({text for _, text, _ in CASES}) == len(CASES) > 3000
     assert failures(tokenizer) == []
 
@@ -63,7 +63,7 @@ def test_every_golden(tokenizer: Tokenizer) -> None:
         "emoji joined", "lone surrogate", "300 letters", "arabic", "hebrew", "hindi", "thai", "chinese", "korean",
     ],
 )  # fmt: skip
-def test_the_goldens_hold_every_trap(trap: str) -> None:
+def test_goldens_contain_every_trap(trap: str) -> None:
     assert trap in {name for name, _, _ in CASES}
 
 
@@ -74,21 +74,21 @@ def test_the_goldens_hold_every_trap(trap: str) -> None:
         ("a café", [320, 15304]),
         ("", []),
         ("<|startoftext|>a<|endoftext|>", [49406, 320, 49407]),
-        ("\ud83d\ude00", [7334]),  # a pair of surrogates is the character it stands for, here 😀
+        ("\ud83d\ude00", [7334]),  # a pair of surrogates is read as its character, here 😀
     ],
 )
-def test_known_ids(tokenizer: Tokenizer, text: str, ids: list[int]) -> None:
+def test_published_ids(tokenizer: Tokenizer, text: str, ids: list[int]) -> None:
     assert tokenizer.encode(text) == ids
 
 
-def test_the_table_is_openais() -> None:
+def test_merge_table_is_openais() -> None:
     table = gzip.decompress((files("miniclip") / "data" / "merges.txt.gz").read_bytes())
     assert table.count(b"\n") == GOLDENS["merges"]["count"] == 48_894
     assert hashlib.sha256(table).hexdigest() == GOLDENS["merges"]["sha256"]
 
 
-def test_the_table_has_what_the_heap_relies_on(tokenizer: Tokenizer) -> None:
-    """Every product is new, and made of older tokens: so a merge creates only pairs that merge later than itself."""
+def test_merges_create_only_pairs_that_merge_later(tokenizer: Tokenizer) -> None:
+    """Every merged token is newer than its two parts. So a merge creates only pairs that merge later than itself."""
     assert tokenizer.vocab_size == len(set(tokenizer._tokens)) == 49_408
     assert sorted(tokenizer._merges.values()) == list(range(512, 49_406))
     assert all(max(pair) < product for pair, product in tokenizer._merges.items())
@@ -96,7 +96,7 @@ def test_the_table_has_what_the_heap_relies_on(tokenizer: Tokenizer) -> None:
         assert tokenizer._tokens[product] == tokenizer._tokens[left] + tokenizer._tokens[right]
 
 
-# -- what a mistake would look like ---------------------------------------------------------------------------------
+# -- planted mistakes ---------------------------------------------------------------------------------
 
 
 def test_swapped_merges_are_caught() -> None:
@@ -115,7 +115,7 @@ def test_rightmost_first_is_caught(tokenizer: Tokenizer) -> None:
 
 
 def _clean(text: str, repair: Callable[[str], str] = ftfy.fix_text, unescape: int = 2) -> str:
-    """OpenAI's cleaning without its shortcuts and its handling of white space."""
+    """OpenAI's cleaning without miniclip's shortcut for ASCII, and without stripping white space."""
     text = repair(text)
     for _ in range(unescape):
         text = html.unescape(text)
@@ -132,7 +132,7 @@ WRONG_CLEANING: dict[str, tuple[Callable[[str], str], str]] = {
 }
 
 
-def test_right_cleaning(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cleaning_written_out_gives_the_goldens(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(miniclip.tokenizer, "_clean", _clean)
     assert failures(tokenizer) == []
 
@@ -141,11 +141,11 @@ def test_right_cleaning(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -
 def test_wrong_cleaning_is_caught(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
     clean, trap = WRONG_CLEANING[mistake]
     monkeypatch.setattr(miniclip.tokenizer, "_clean", clean)
-    cases = [case for case in CASES if "surrogate" not in case[0]]  # which without ftfy cannot even be encoded
+    cases = [case for case in CASES if "surrogate" not in case[0]]  # without ftfy, a surrogate cannot be encoded
     assert trap in {name for name, _ in failures(Tokenizer(), cases)}
 
 
-def test_the_shortcut_for_ascii_changes_nothing() -> None:
+def test_shortcut_for_ascii_changes_nothing() -> None:
     source = random.Random(0)
     for size in range(2000):
         text = "".join(chr(source.randrange(32, 127)) for _ in range(size % 60))
@@ -165,7 +165,7 @@ def _merging(encode_word: Callable[[str], list[int]]) -> Tokenizer:
 
 
 def _by_definition(tokenizer: Tokenizer, word: str, leftmost: bool = True) -> list[int]:
-    """Byte-pair encoding, slowly: one merge at a time, every pair looked at before each."""
+    """Byte-pair encoding by its definition, slowly: every pair is looked at before each merge."""
     if word in tokenizer._special:
         return tokenizer._special[word]
     ids = [tokenizer._byte_ids[byte] for byte in word.encode()]
@@ -175,15 +175,15 @@ def _by_definition(tokenizer: Tokenizer, word: str, leftmost: bool = True) -> li
         merges = [(tokenizer._merges[pair], i) for i in places if (pair := (ids[i], ids[i + 1])) in tokenizer._merges]
         if not merges:
             return ids
-        product, i = min(merges, key=lambda merge: merge[0])  # the first of equals
+        product, i = min(merges, key=lambda merge: merge[0])  # min returns the first of equal elements
         ids[i : i + 2] = [product]
 
 
-# -- the second oracle: Hugging Face's Rust tokenizer ---------------------------------------------------------------
+# -- Hugging Face's tokenizer as a second oracle ---------------------------------------------------------------
 
 
-def test_equal_to_huggingface_where_cleaning_changes_nothing(huggingface: Callable[[str], list[int]]) -> None:
-    """Same ids on all text that neither ftfy nor unescaping touches, but for three quirks of upper and lower case."""
+def test_ids_equal_huggingfaces_where_cleaning_changes_nothing(huggingface: Callable[[str], list[int]]) -> None:
+    """Equal ids for all texts that ftfy and unescape leave alone, except for three quirks of upper and lower case."""
     compared, scripts = 0, set()
     for name, text, ids in CASES:
         untouched = html.unescape(html.unescape(ftfy.fix_text(text))) == unicodedata.normalize("NFC", text)
@@ -196,7 +196,7 @@ def test_equal_to_huggingface_where_cleaning_changes_nothing(huggingface: Callab
     assert {"accents", "NFD", "chinese", "arabic", "hindi", "emoji", "emoji joined", "URL", "empty"} <= scripts
 
 
-# What the two make of the same text. We follow OpenAI in all of them: the weights were trained on its ids.
+# (text, how OpenAI reads the text). miniclip follows OpenAI in all cases: the weights were trained on its ids.
 DIFFERENCES = {
     "curly apostrophe": ("don’t", "don't"),
     "curly quotes": ("a “photo”", 'a "photo"'),
@@ -223,27 +223,27 @@ def test_known_differences_from_huggingface(
     assert huggingface(text) != huggingface(read_as)
 
 
-def test_a_long_s_is_an_s(tokenizer: Tokenizer, huggingface: Callable[[str], list[int]]) -> None:
-    """By Unicode ſ is a case of s, so OpenAI's pattern, which ignores case, has 'ſ for the 's of "it's"."""
-    assert tokenizer.encode("'ſ") == [6, 129, 379]  # one word: the apostrophe is no end of a word
+def test_long_s_is_read_as_s(tokenizer: Tokenizer, huggingface: Callable[[str], list[int]]) -> None:
+    """Unicode has ſ as a lower case of S. OpenAI's pattern ignores case, so it takes 'ſ for the 's of "it's"."""
+    assert tokenizer.encode("'ſ") == [6, 129, 379]  # one word: the apostrophe does not end a word
     assert huggingface("'ſ") == [262, 129, 379]
 
 
-# -- and back -------------------------------------------------------------------------------------------------------
+# -- decode --------------------------------------------------------------------------------------------------------
 
 
-def test_decode_gives_the_words_back(tokenizer: Tokenizer) -> None:
+def test_decode_returns_the_words(tokenizer: Tokenizer) -> None:
     for text in ("a photo of a cat", "café crème", "猫 と 犬", "год", "👩\u200d🚀 !"):
         assert tokenizer.decode(tokenizer.encode(text)) == text + " "
     assert tokenizer.decode(tokenizer.encode("It's 42!")) == "it 's 4 2 ! "
 
 
-def test_decode_loses_nothing_but_white_space(tokenizer: Tokenizer) -> None:
+def test_decode_loses_only_white_space(tokenizer: Tokenizer) -> None:
     for _, text, ids in CASES:
         assert "".join(tokenizer.decode(ids).split()) == "".join(_clean(text).split()), ascii(text)
 
 
-def test_decode_spells_special_tokens_out(tokenizer: Tokenizer) -> None:
+def test_decode_spells_out_special_tokens(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode([49406, 320, 2368, 49407]) == "<|startoftext|>a cat <|endoftext|>"
     assert tokenizer.decode([]) == ""
 
@@ -255,7 +255,7 @@ def test_decode_takes_any_integers(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(row) == tokenizer.decode(row.numpy()) == tokenizer.decode(iter(row.tolist())) == expected
 
 
-def test_decode_of_half_a_character(tokenizer: Tokenizer) -> None:
+def test_decode_replaces_half_a_character(tokenizer: Tokenizer) -> None:
     first, *_ = tokenizer.encode("𠮷")
     assert tokenizer.decode([first]) == "\ufffd"
 
@@ -290,7 +290,7 @@ def test_rows_are_padded_with_zeros() -> None:
     ],
     ids=["list", "tuple", "generator", "numpy", "objects", "keys", "iterator"],
 )
-def test_any_iterable_of_texts(texts: Any) -> None:
+def test_any_iterable_of_texts_is_tokenized(texts: Any) -> None:
     assert tokenize(texts)[:, :4].tolist() == [[49406, 320, 2368, 49407], [49406, 320, 1929, 49407]]
 
 
@@ -300,25 +300,25 @@ def test_one_text_is_one_row() -> None:
 
 
 @pytest.mark.parametrize("nothing", [[], (), iter([]), np.array([], dtype=str)])
-def test_no_text_is_no_row(nothing: Any) -> None:
+def test_empty_list_gives_no_rows(nothing: Any) -> None:
     tokens = tokenize(nothing)
     assert tokens.shape == (0, 77)
     assert tokens.dtype == torch.int32
 
 
 @pytest.mark.parametrize("bad", [7, None, b"a cat", ["a", "cat"], 1.5])
-def test_what_is_no_text_is_named(bad: object) -> None:
+def test_error_names_an_element_that_is_not_a_text(bad: object) -> None:
     with pytest.raises(TypeError, match=rf"text 2 must be a str, got {type(bad).__name__}"):
         tokenize(["a", "b", bad])  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("bad", [7, None, b"a cat", torch.zeros(1, 77)])
-def test_what_is_no_list_of_texts(bad: Any) -> None:
+def test_argument_that_is_not_a_list_of_texts_is_a_type_error(bad: Any) -> None:
     with pytest.raises(TypeError):
         tokenize(bad)
 
 
-def test_a_text_too_long_is_named_with_both_counts() -> None:
+def test_error_for_a_long_text_names_the_text_and_both_lengths() -> None:
     with pytest.raises(TextTooLongError) as caught:
         tokenize(["a cat", "a dog", "word " * 89])
     assert isinstance(caught.value, ValueError)
@@ -338,7 +338,7 @@ def test_truncating_keeps_the_end_token() -> None:
     assert torch.equal(tokens[1:], tokenize("a cat"))
 
 
-def test_exactly_as_long_as_the_context() -> None:
+def test_text_may_fill_the_context_exactly() -> None:
     full = tokenize("word " * 75)
     assert full[0, [0, -1]].tolist() == [49406, 49407]
     assert (full != 0).all()
@@ -347,7 +347,7 @@ def test_exactly_as_long_as_the_context() -> None:
         tokenize("word " * 76)
 
 
-def test_other_context_lengths() -> None:
+def test_context_length_sets_the_row_length() -> None:
     assert tokenize("a cat", context_length=4).tolist() == [[49406, 320, 2368, 49407]]
     assert tokenize("a cat", context_length=3, truncate=True).tolist() == [[49406, 320, 49407]]
     assert tokenize("a cat", context_length=2, truncate=True).tolist() == [[49406, 49407]]
@@ -357,8 +357,8 @@ def test_other_context_lengths() -> None:
 
 
 @pytest.mark.parametrize("length", [1, 0, -5])
-def test_a_context_without_room(length: int) -> None:
-    with pytest.raises(InputError, match=f"from 2, a start and an end token, to 262144, got {length}"):
+def test_context_without_room_is_refused(length: int) -> None:
+    with pytest.raises(InputError, match=rf"from 2 \(a start and an end token\) to 262144, got {length}"):
         tokenize("a cat", context_length=length)
 
 
@@ -370,7 +370,7 @@ def test_typed_special_tokens_count_as_tokens() -> None:
 
 
 class Counting(dict[Any, Any]):
-    """A dict that counts how often it is asked."""
+    """A dict that counts its look-ups."""
 
     asked = 0
 
@@ -397,8 +397,8 @@ LETTERS: dict[str, Callable[[random.Random], str]] = {
 
 
 @pytest.mark.parametrize("kind", LETTERS)
-def test_the_work_on_a_long_word_is_linear(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """OpenAI's own loop would not end today. Counted, not timed: every merge pushes at most two new pairs."""
+def test_work_on_a_long_word_is_linear(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenAI's own loop is quadratic. The steps are counted, not timed: a merge pushes at most two new pairs."""
     pops = 0
 
     def counted(heap: list[int], pop: Callable[[list[int]], int] = miniclip.tokenizer.heappop) -> int:
@@ -429,7 +429,7 @@ def test_long_words_equal_the_definition(kind: str, tokenizer: Tokenizer) -> Non
 # -- the cache and threads ------------------------------------------------------------------------------------------
 
 
-def test_the_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(miniclip.tokenizer, "_CACHE_WORDS", 50)
     tokenizer, largest = Tokenizer(), 0
     for _, text, ids in CASES[:1500]:
@@ -438,12 +438,12 @@ def test_the_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert largest == 50
 
 
-def test_only_words_that_may_recur_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_short_words_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = Tokenizer()
     tokenizer.encode("cat " + "a" * 40 + " " + "b" * 41)
     assert set(tokenizer._cache) == {"cat", "a" * 40}
     ids = tokenizer.encode("cat cat")
-    monkeypatch.setattr(tokenizer, "_encode_word", None)  # not needed for what is cached
+    monkeypatch.setattr(tokenizer, "_encode_word", None)  # cached words do not need it
     assert tokenizer.encode("cat cat") == ids
     ids.append(0)  # the caller's own list
     assert tokenizer.encode("cat cat") == ids[:-1]
@@ -459,7 +459,7 @@ def frequent_switches() -> Iterator[None]:
 
 @pytest.mark.usefixtures("frequent_switches")
 def test_threads_share_one_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(miniclip.tokenizer, "_CACHE_WORDS", 20)  # so that it is emptied all the time
+    monkeypatch.setattr(miniclip.tokenizer, "_CACHE_WORDS", 20)  # the cache is emptied again and again
     tokenizer, cases = Tokenizer(), CASES[::8]
     with ThreadPoolExecutor(8) as pool:
         assert [*pool.map(lambda i: failures(tokenizer, cases[i:] + cases[:i]), range(8))] == [[]] * 8
@@ -468,8 +468,8 @@ def test_threads_share_one_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(tokenizer._cache) < 20 + 8
 
 
-def test_what_is_no_text_is_refused_in_a_sentence() -> None:
-    with pytest.raises(TypeError, match="texts must be a str or an iterable of them, got NoneType"):
+def test_errors_name_what_was_given() -> None:
+    with pytest.raises(TypeError, match="texts must be a str or an iterable of str, got NoneType"):
         tokenize(None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="got bytes"):
         tokenize(b"a cat")  # type: ignore[arg-type]

@@ -19,14 +19,15 @@ import torch
 import torch.nn.functional as F
 import train
 from conftest import make_reference
+from helpers import ROOT
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from transformers import CLIPModel
 
 import miniclip
-import validate
+from miniclip.huggingface import config_from_dict, config_to_dict
 
-EXAMPLES = Path(validate.__file__).parent / "examples"
+EXAMPLES = ROOT / "examples"
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "purple", "orange", "gray")
 SHAPES = ("circle", "square")
@@ -384,7 +385,7 @@ def test_unknown_words_are_read_and_learn_nothing(shapes: Path, config: Path, tm
 
 def test_the_tower_on_all_of_its_patches_is_the_tower() -> None:
     reference = make_reference()
-    folder_free = miniclip.CLIPConfig.from_hf(reference.config.to_dict())
+    folder_free = config_from_dict(reference.config.to_dict())
     model = miniclip.CLIP(folder_free)
     train.initialise(model, torch.arange(9))
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -438,4 +439,4 @@ def test_the_demo_is_small_and_speaks_clips_language() -> None:
     parameters = sum(parameter.numel() for parameter in miniclip.CLIP(train.DEMO).parameters())
     assert 2 * parameters < 20e6
     assert (train.DEMO.text.vocab_size, train.DEMO.text.context_length) == (49408, 77)
-    json.dumps(train.DEMO.to_hf())
+    json.dumps(config_to_dict(train.DEMO))

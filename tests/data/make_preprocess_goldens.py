@@ -1,7 +1,8 @@
-"""Write preprocess_goldens.json: what torchvision's PIL transforms, as openai/CLIP composes them, make of pictures.
+"""Write preprocess_goldens.json: what torchvision's PIL transforms, composed as in openai/CLIP, make of images.
 
-The pictures are computed (``picture`` below), so the tests make the same ones. For each, the file holds the SHA-256 of
-the float32 result's bytes and a few of its values. To run it again, beside the torch and Pillow of the environment:
+The images are computed (``sample_image`` below), so the tests make the same ones. For each image, the file has the
+SHA-256 of the bytes of the float32 result, and a few of its values. To run this again with the torch and Pillow of the
+environment:
 
     pip download --no-deps torchvision==0.29.2
     unzip torchvision-*.whl -d torchvision
@@ -11,6 +12,7 @@ the float32 result's bytes and a few of its values. To run it again, beside the 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import importlib.metadata
 import itertools
@@ -29,7 +31,7 @@ OUT = Path(__file__).with_name("preprocess_goldens.json")
 MODES = ["RGB", "L", "LA", "P", "RGBA", "CMYK", "1", "I;16"]
 RARE_MODES = ["I", "F", "P transparent", "RGB transparent", "L transparent", "PA", "YCbCr", "HSV", "LAB"]
 
-# Width and height. A side of 224 + 4n + 3 pixels after resizing is where half-even rounding and floor part.
+# Width and height. A side of 224 + 4n + 3 pixels after resizing is where half-even rounding and rounding down differ.
 SIZES = [
     (224, 224), (224, 225), (224, 226), (224, 227), (227, 224), (225, 224), (231, 224), (640, 427), (427, 640),
     (640, 480), (333, 500), (500, 333), (448, 448), (449, 671), (300, 451),
@@ -53,10 +55,11 @@ def noise(seed: int, *shape: int) -> np.ndarray:
     return raw.view(np.uint8)[:count].reshape(shape)
 
 
-def picture(mode: str, width: int, height: int) -> Image.Image:
-    """A picture of a mode and size: slopes across and down, with noise on top. Made from bytes, with no conversion.
+@functools.cache  # several tests use each image, and none changes it
+def sample_image(mode: str, width: int, height: int) -> Image.Image:
+    """An image of a mode and size: horizontal and vertical gradients with noise, made from bytes without conversion.
 
-    A mode may carry ``" transparent"``: then one colour or some palette entries are, by the image's info.
+    A mode may end in ``" transparent"``: the image's info then makes one colour or some palette entries transparent.
     """
     mode, _, transparent = mode.partition(" ")
     pixels = noise(1000 * height + width, height, width, 4)  # (H, W, 4)
@@ -64,7 +67,7 @@ def picture(mode: str, width: int, height: int) -> Image.Image:
     down = (np.arange(height) * 255 // max(height - 1, 1))[:, None]
     slopes = np.stack(np.broadcast_arrays(across, down, 255 - across, (across + down) // 2), axis=-1)
     pixels = ((pixels + 2 * slopes.astype(np.uint16)) // 3).astype(np.uint8)
-    pixels[..., 3] = np.where(pixels[..., 3] < 60, 0, pixels[..., 3])  # the alpha of RGBA: some of it fully transparent
+    pixels[..., 3] = np.where(pixels[..., 3] < 60, 0, pixels[..., 3])  # the alpha of RGBA: partly fully transparent
     size = (width, height)
     grey = pixels[..., 0]
     if mode == "1":
@@ -85,12 +88,12 @@ def picture(mode: str, width: int, height: int) -> Image.Image:
 
 
 def sha256(pixels: np.ndarray) -> str:
-    """Of the values as little-endian float32, in C order."""
+    """The hash of the values as little-endian float32, in C order."""
     return hashlib.sha256(np.ascontiguousarray(pixels, dtype="<f4").tobytes()).hexdigest()
 
 
 def samples(pixels: np.ndarray) -> list[float]:
-    """One value of every channel, at three places of a diagonal: to see how far off a wrong hash is."""
+    """One value of each channel at three places of the diagonal. They show the size of an error."""
     side = pixels.shape[-1]
     return [float(str(pixels[i, at, at])) for i, at in enumerate((side // 5, side // 2, side - 1))]
 
@@ -99,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the unpacked torchvision wheel")
     sys.path.insert(0, str(parser.parse_args().folder))
-    # Of torchvision's compiled operators none are needed, and beside another build of torch they do not load.
+    # torchvision's compiled operators are not needed, and do not load beside another build of torch.
     sys.modules["torchvision._meta_registrations"] = types.ModuleType("torchvision._meta_registrations")
     from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 
@@ -113,14 +116,14 @@ def main() -> None:
         transform = golden(*settings)
         for mode, size in [*itertools.product(MODES, SIZES), *itertools.product(RARE_MODES, SIZES[::5])]:
             if name == "openai" or (mode in ("RGB", "RGBA") and size in SIZES[::2]):
-                pixels = transform(picture(mode, *size)).numpy()
+                pixels = transform(sample_image(mode, *size)).numpy()
                 cases.append([name, mode, *size, sha256(pixels), samples(pixels)])
 
     versions = {name: importlib.metadata.version(name) for name in ("torch", "pillow", "numpy")}
     versions["torchvision"] = sys.modules["torchvision"].__version__
     lines = ",\n".join(json.dumps(case) for case in cases)
     OUT.write_text(f'{{"versions": {json.dumps(versions)},\n"cases": [\n{lines}\n]}}\n', encoding="utf-8")
-    print(f"{OUT}: {len(cases)} pictures, {OUT.stat().st_size} bytes")
+    print(f"{OUT}: {len(cases)} images, {OUT.stat().st_size} bytes")
 
 
 if __name__ == "__main__":

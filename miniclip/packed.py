@@ -1,0 +1,142 @@
+"""Weights in the layout that a CPU multiplies fastest, and the rule for when such a copy may be used.
+
+PyTorch arranges a plain weight for its matrix kernels in every call. oneDNN can do that once, with operators that
+torch's own compiler uses. These are undocumented, so ``has_packed_kernels`` tries them before anything relies on them.
+They know nothing of autograd, tracing or ``torch.func``, so ``is_ordinary`` keeps such inputs away from them.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+# Packing takes as long as it saves in one product of about this many rows. A process that encodes one image would
+# never get back the time and the memory.
+WORTH_PACKING = 512
+
+_SAMPLES = 64  # numbers compared to notice a write that torch does not count; they take a microsecond
+_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}  # NaN differs from itself, its bits do not
+_MODES = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_transform = torch._C._functorch.peek_interpreter_stack
+
+
+def is_traced() -> bool:
+    """Whether torch.compile, torch.export or torch.jit.trace is recording this call."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+
+
+def is_ordinary(x: Tensor) -> bool:
+    """Whether ``x`` may go to a kernel that autograd, tracers, modes, autocast and torch.func do not know."""
+    return (
+        not is_traced()
+        and type(x) in (Tensor, nn.Parameter)
+        and x.is_cpu
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and not any(depth() for depth in _MODES)
+        and _transform() is None
+        and forward_ad._current_level < 0
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+@cache
+def has_packed_kernels(dtype: torch.dtype) -> bool:
+    """Whether this torch and this processor multiply packed weights of this dtype, and give the right results."""
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # else bfloat16 is emulated
+    if dtype != torch.float32 and not (dtype == torch.bfloat16 and native):
+        return False
+    if not torch.backends.mkldnn.is_available() or "AVX" not in torch.backends.cpu.get_cpu_capability():
+        return False
+    x, weight, bias = (torch.linspace(-1, 1, n, dtype=dtype) for n in (64, 128, 16))
+    x, weight = x.view(8, 8), weight.view(16, 8)
+    plain = F.linear(x, weight, bias)
+    expected = {"none": plain, "swish": F.silu(plain), "gelu": F.gelu(plain)}
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    try:
+        results = {activation: product(x, pack(weight), bias, activation) for activation in expected}
+    except (AttributeError, RuntimeError):
+        return False
+    return all(torch.allclose(results[name], expected[name], tolerance, tolerance) for name in expected)
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A weight (out, in) in oneDNN's blocked layout."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight)
+
+
+def product(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
+    """x (…, in), a packed weight (out, in) -> activation(x Wᵀ + bias) (…, out); "none", "swish" or "gelu"."""
+    bias = bias if bias is None else bias.contiguous()
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, activation, [], "none")
+
+
+class Packed:
+    """The packed copies of one layer's weight. The layer owns them, and asks ``usable`` before every product.
+
+    A copy is used while the weight is the same parameter, at the same address, with the same version and the same
+    sample of numbers. Every write that torch counts changes the version. A write to a whole tensor through ``.data``
+    or numpy changes the sample. A few numbers written in that way go unnoticed: call ``CLIP.repack`` after it.
+
+    Copies are no part of the layer's state: a copied, unpickled or converted layer starts without. There is no lock:
+    two threads may pack one weight, and either result is right.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def __reduce__(self) -> tuple[type[Packed], tuple[()]]:
+        return Packed, ()
+
+    def clear(self) -> None:
+        """Free the copies."""
+        self.weight: Tensor | None = None
+        self.sample: Any = None  # a numpy view of some numbers of the weight
+        self.state: tuple[object, ...] = ()
+        self.copies: dict[tuple[object, ...], Tensor] = {}
+
+    def usable(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+        """Whether ``x`` may be multiplied with a packed copy of ``weight``, and whether packing pays.
+
+        Packing pays from the second call with the same weight on, or at once for ``WORTH_PACKING`` rows of ``x``.
+        """
+        if is_traced():
+            return False
+        if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+            self.clear()  # the layer is being trained
+            return False
+        if not (is_ordinary(x) and type(weight) is nn.Parameter and weight.is_cpu and torch._C._get_mkldnn_enabled()):
+            return False
+        same = x.dtype == weight.dtype == (weight if bias is None else bias).dtype
+        if not (same and x.numel() and has_packed_kernels(x.dtype)):
+            return False
+        if weight is self.weight and self._state(weight, self.sample) == self.state:
+            return True
+        self.clear()
+        if not weight.is_contiguous() or weight.is_inference():
+            return False
+        # The stride walks over rows and columns, so that every large block of the matrix has numbers in the sample.
+        # The view keeps the memory, so that no other weight can come to the same address.
+        columns = weight.numel() // len(weight)
+        step = weight.numel() // _SAMPLES // columns * columns + max(int(0.618 * columns), 1)
+        with torch.inference_mode(False):
+            self.sample = weight.detach().view(_BITS[weight.dtype]).flatten().numpy()[::step]
+        self.state, self.weight = self._state(weight, self.sample), weight
+        return x.numel() >= WORTH_PACKING * (x.shape[-1] if weight.ndim == 2 else columns)
+
+    @staticmethod
+    def _state(weight: Tensor, sample: Any) -> tuple[object, ...]:
+        return weight._version, weight.data_ptr(), weight.shape, weight.stride(), sample.tobytes()
+
+    def copy(self, weight: Tensor, part: slice = slice(None), factor: float = 1.0) -> Tensor:
+        """``weight[part] * factor``, packed on first use. Ask ``usable`` before."""
+        copies, key = self.copies, (part.start, part.stop, factor)
+        if key not in copies:
+            with torch.inference_mode(False), torch.no_grad():  # an inference tensor would be unusable outside of it
+                matrix = weight.detach().flatten(1)[part]
+                copies[key] = pack(matrix if factor == 1 else matrix * factor)
+        return copies[key]
