@@ -1,14 +1,14 @@
-"""README and docs: every command and snippet is run or says why not, every link leads somewhere, every name is explained.
+"""README and docs: every command and snippet is run or says why not, and every link leads somewhere.
 
 How a fenced block is run:
 
-- ``bash`` and ``python`` blocks of one page run in the order of the page, in one temporary folder. It holds sample images
-  (``photos/``, ``photo.jpg``, ``CLIP.png``) and links to the repository's own folders. The Python blocks of a page share
-  one namespace.
-- A ``text`` block directly below such a block is its output and is compared: "…" stands for any text, and a number with
-  a decimal point may differ by two units of its last digit.
-- The demo model stands in for models that must be downloaded: "ViT-B/32" is read as "demo", and ``miniclip classify`` and
-  ``miniclip embed`` without ``--model`` use the demo model.
+- ``bash`` and ``python`` blocks of one page run in the order of the page, in one temporary folder. It holds sample
+  images (``photos/``, ``photo.jpg``, ``CLIP.png``) and links to the repository's own folders. The Python blocks of a
+  page share one namespace.
+- A ``text`` block directly below such a block is its output and is compared: "…" stands for any text, and a number
+  with a decimal point may differ by two units of its last digit.
+- The demo model stands in for models that must be downloaded: "ViT-B/32" is read as "demo", and ``miniclip classify``
+  and ``miniclip embed`` without ``--model`` use the demo model.
 - ``pip`` does nothing: the packages are installed already, and .ci/run runs README's two commands as written.
 - ``<!-- not run: reason -->`` above a block leaves it out. Any other block is an error.
 """
@@ -21,8 +21,11 @@ import os
 import pty
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import tomllib
 from dataclasses import dataclass
 from itertools import pairwise
@@ -37,8 +40,9 @@ import miniclip
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
-PAGES.append(ROOT / "miniclip" / "data" / "demo" / "README.md")
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+
+SECONDS = 300  # more than any block takes: one that takes longer is marked, or belongs to another test
 
 # What stands before every shell block, so that it runs this checkout's miniclip with this Python.
 PRELUDE = """
@@ -121,20 +125,33 @@ def check_output(expected: str, output: str) -> None:
 def run_shell(text: str, folder: Path) -> str:
     """Run commands in bash, with a terminal for their output, which decides what ``miniclip`` prints."""
     environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1", "COLUMNS": "80"}
+    environment |= {"HF_HUB_OFFLINE": "1", "npm_config_offline": "true"}
     terminal, end = pty.openpty()
     command = ["bash", "-euo", "pipefail", "-c", PRELUDE + text]
-    with subprocess.Popen(
-        command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=end, stderr=subprocess.PIPE
-    ) as process:
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=end,
+            stderr=errors,
+            start_new_session=True,
+        ) as process,
+    ):
         os.close(end)
+        timer = threading.Timer(SECONDS, os.killpg, (process.pid, signal.SIGKILL))
+        timer.start()
         output = bytearray()
         with contextlib.suppress(OSError):  # EIO, once nobody writes to the terminal any more
             while data := os.read(terminal, 65536):
                 output += data
         os.close(terminal)
-        assert process.stderr is not None
-        errors = process.stderr.read().decode(errors="replace")
-    assert process.returncode == 0, f"{text}\nended with {process.returncode}:\n{errors}"
+        status = process.wait()
+        timer.cancel()
+        errors.seek(0)
+        assert status == 0, f"{text}\nended with {status}:\n{errors.read()}"
     return output.decode().replace("\r\n", "\n")
 
 
@@ -186,17 +203,14 @@ def test_every_block_runs(name: str, workplace: Path) -> None:
 # -- links ------------------------------------------------------------------------------------------------------------
 
 
-def prose(text: str) -> str:
-    """A page without its fenced blocks and code spans."""
-    return re.sub(r"`[^`\n]*`", "code", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL))
+def without_blocks(text: str) -> str:
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def anchors(text: str) -> set[str]:
     """The anchors that a page's headings have on GitHub and in the built site alike."""
     found = set()
-    for heading in re.findall(
-        r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE
-    ):
+    for heading in re.findall(r"^#+ (.+)$", without_blocks(text), re.MULTILINE):
         title = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").strip()
         words = re.sub(r"[^\w\s-]", "", title.lower())
         if (github := re.sub(r"\s", "-", words)) == re.sub(r"[-\s]+", "-", words):
@@ -207,7 +221,7 @@ def anchors(text: str) -> set[str]:
 def check_links(text: str, folder: Path, inside: Path) -> list[str]:
     """The links of a page in ``folder`` that lead nowhere, or out of ``inside``."""
     problems = []
-    for link in re.findall(r"\]\(([^)\s]+)\)", prose(text)):
+    for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "code", without_blocks(text))):
         if re.match(r"https?://", link):
             continue
         place, _, anchor = link.partition("#")
@@ -272,9 +286,8 @@ def test_install_advice_works_before_the_package_is_published() -> None:
         for line in page.read_text(encoding="utf-8").splitlines():
             for extras in re.findall(r"(?:\.|miniclip)\[(\w+(?:,\w+)*)\]", line):
                 assert {*extras.split(",")} <= project["optional-dependencies"].keys(), f"{page.name}: {line}"
-            assert not re.search(r"pip install (-\S+ )*\"?miniclip(\[[^\]]*\])?\"?( |`|$)", line), (
-                f"{page.name}: {line}"
-            )
+            unpublished = re.search(r"pip install (-\S+ )*\"?miniclip(\[[^\]]*\])?\"?( |`|$)", line)
+            assert not unpublished, f"{page.name}: {line}"
 
 
 # -- the checks themselves --------------------------------------------------------------------------------------------
