@@ -249,6 +249,12 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8")) <= 10_000
 
 
+def test_the_word_is_image() -> None:
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8").replace("examples/pictures/", "")
+        assert not re.search(r"\bpictures?\b", text, re.IGNORECASE), page.name
+
+
 def test_the_site_lists_every_page() -> None:
     listed = re.findall(r"^ +- .+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(listed) == sorted(path.name for path in DOCS.glob("*.md"))
@@ -286,7 +292,7 @@ def test_install_advice_works_before_the_package_is_published() -> None:
         for line in page.read_text(encoding="utf-8").splitlines():
             for extras in re.findall(r"(?:\.|miniclip)\[(\w+(?:,\w+)*)\]", line):
                 assert {*extras.split(",")} <= project["optional-dependencies"].keys(), f"{page.name}: {line}"
-            unpublished = re.search(r"pip install (-\S+ )*\"?miniclip(\[[^\]]*\])?\"?( |`|$)", line)
+            unpublished = re.search(r"pip install (-\S+ )*\"?miniclip(\[[^\]]*\])?(?! @)\"?( |`|$)", line)
             assert not unpublished, f"{page.name}: {line}"
 
 
