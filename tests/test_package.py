@@ -365,7 +365,7 @@ def test_error_names_a_missing_package_and_its_extra(script: str, package: str, 
     path = ROOT / script
     code = f"import runpy, sys; sys.path[:0] = [{str(tmp_path)!r}, {str(path.parent)!r}]; sys.argv = [{str(path)!r}]\n"
     code += f"runpy.run_path({str(path)!r}, run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = run_python("-c", code)
     assert done.returncode == 1
     command = f'pip install -c constraints.txt -e ".[{extra}]"'
     assert done.stderr == f"{path.name}: the package {package} is missing: in a clone, run {command}\n"
