@@ -40,8 +40,9 @@ class Linear(PackedLayer, nn.Linear):
     """x Wᵀ + b: (…, in) -> (…, out)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packed and self.packed.usable(x, self.weight, self.bias):
-            return product(x, self.packed.copy(self.weight), self.bias)
+        packed = self.packed  # read once, because another thread may turn fast off
+        if packed and packed.usable(x, self.weight, self.bias):
+            return product(x, packed.copy(self.weight), self.bias)
         return F.linear(x, self.weight, self.bias)
 
 
@@ -52,13 +53,14 @@ class PatchEmbedding(PackedLayer, nn.Conv2d):
         super().__init__(3, width, kernel_size=patch_size, stride=patch_size, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        if self.packed and images.ndim == 4 and self._tiles() and self.packed.usable(images, self.weight, self.bias):
+        packed = self.packed
+        if packed and images.ndim == 4 and self._tiles() and packed.usable(images, self.weight, self.bias):
             # Every pixel is in one patch, so the convolution is a product with the flattened patches.
             n, size = len(images), self.kernel_size[0]
             height, width = (side // size for side in images.shape[2:])  # a convolution leaves out the rest, too
             images = images[:, :, : height * size, : width * size]
             patches = images.reshape(n, 3, height, size, width, size).permute(0, 2, 4, 1, 3, 5).flatten(3)
-            return product(patches, self.packed.copy(self.weight), self.bias).permute(0, 3, 1, 2)
+            return product(patches, packed.copy(self.weight), self.bias).permute(0, 3, 1, 2)
         return super().forward(images)
 
     def _tiles(self) -> bool:
@@ -99,16 +101,17 @@ class MLP(nn.Sequential):
         if not self._is_bare():
             return super().forward(x)  # type: ignore[no-untyped-call]  # calls the parts, whatever they are
         c_fc, c_proj = self.c_fc, self.c_proj
+        first, second = c_fc.packed, c_proj.packed
         # Both are asked, so that both know their weight when the second call comes.
         usable = [layer.packed and layer.packed.usable(x, layer.weight, layer.bias) for layer in (c_fc, c_proj)]
-        if not (all(usable) and c_fc.packed and c_proj.packed):
+        if not (first and second and all(usable)):
             return F.linear(self.gelu(F.linear(x, c_fc.weight, c_fc.bias)), c_proj.weight, c_proj.bias)
         # oneDNN applies an activation while a result is in a register. It has no QuickGELU, but it has silu:
         # QuickGELU(x) = silu(1.702 x) / 1.702. The packed copies carry the two factors.
         factor, activation = (1.702, "swish") if type(self.gelu) is QuickGELU else (1.0, "gelu")
         bias = c_fc.bias if factor == 1 or c_fc.bias is None else c_fc.bias * factor
-        hidden = product(x, c_fc.packed.copy(c_fc.weight, factor=factor), bias, activation)  # (…, 4 W)
-        return product(hidden, c_proj.packed.copy(c_proj.weight, factor=1 / factor), c_proj.bias)
+        hidden = product(x, first.copy(c_fc.weight, factor=factor), bias, activation)  # (…, 4 W)
+        return product(hidden, second.copy(c_proj.weight, factor=1 / factor), c_proj.bias)
 
     def _is_bare(self) -> bool:
         """Whether the three parts are the original ones, and nobody watches them."""
@@ -170,8 +173,8 @@ class MultiheadAttention(PackedLayer):
 
     def forward(self, x: Tensor, view: View | None = None) -> Tensor:
         """(L, N, W) -> (L, N, W), or (L', N', W) with a view."""
-        weight, bias, width = self.in_proj_weight, self.in_proj_bias, x.shape[-1]
-        packed = self.packed if self.packed and self.packed.usable(x, weight, bias) else None
+        weight, bias, width, packed = self.in_proj_weight, self.in_proj_bias, x.shape[-1], self.packed
+        packed = packed if packed and packed.usable(x, weight, bias) else None
 
         def project(x: Tensor, part: slice = slice(None)) -> Tensor:
             part_bias = bias if bias is None else bias[part]

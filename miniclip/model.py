@@ -196,10 +196,12 @@ class CLIP(TextTransformer):
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the parameters and the embeddings."""
         return self.visual.conv1.weight.dtype
 
     @property
     def device(self) -> torch.device:
+        """The device of the parameters, where images and tokens must be."""
         return self.visual.conv1.weight.device
 
     @property
@@ -336,12 +338,15 @@ def is_untouched(tower: VisionTransformer | TextTransformer) -> bool:
 
 
 def path_of(clip: CLIP) -> str:
-    """How images and texts are computed now: "packed by oneDNN, 98 of 98 layers", or "plain (fast is off)"."""
+    """How images and texts were computed last, such as "packed by oneDNN, 98 of 98 layers" or "plain (fast is off)"."""
     if not clip.fast:
         return "plain (fast is off)"
-    packed = {name: bool(layer.packed and layer.packed.copies) for name, layer in clip.packed_layers().items()}
-    plain = [name for name, is_packed in packed.items() if not is_packed]
-    path = f"packed by oneDNN, {len(packed) - len(plain)} of {len(packed)} layers"
-    path += f" (not {', '.join(plain)})" if 0 < len(plain) <= 3 else ""
+    layers = clip.packed_layers()
+    plain = [name for name, layer in layers.items() if not (layer.packed and layer.packed.has_copies())]
+    path = f"packed by oneDNN, {len(layers) - len(plain)} of {len(layers)} layers"
+    if len(plain) == len(layers):
+        path = f"plain weights ({clip.device.type}, {str(clip.dtype).removeprefix('torch.')})"
+    elif 0 < len(plain) <= 3:
+        path += f" (not {', '.join(plain)})"
     path += "" if is_untouched(clip.visual) else "; every token of an image"
     return path + ("" if is_untouched(clip) else "; every token of a text")

@@ -8,7 +8,7 @@ They know nothing of autograd, tracing or ``torch.func``, so ``is_ordinary`` kee
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -93,22 +93,23 @@ class Packed:
     sample of numbers. Every write that torch counts changes the version. A write to a whole tensor through ``.data``
     or numpy changes the sample. A few numbers written in that way go unnoticed: call ``CLIP.repack`` after it.
 
-    Copies are no part of the layer's state: a copied, unpickled or converted layer starts without. There is no lock:
-    two threads may pack one weight, and either result is right.
+    Copies do not belong to the layer's state: a copied, unpickled or converted layer starts without. There is no lock.
+    Two threads may pack one weight, and either copy is right. What is known of a weight is replaced as a whole.
     """
 
     def __init__(self) -> None:
-        self.clear()
+        self.known: _Known | None = None
 
     def __reduce__(self) -> tuple[type[Packed], tuple[()]]:
         return Packed, ()
 
     def clear(self) -> None:
         """Free the copies."""
-        self.weight: Tensor | None = None
-        self.sample: Any = None  # a numpy view of some numbers of the weight
-        self.state: tuple[object, ...] = ()
-        self.copies: dict[tuple[object, ...], Tensor] = {}
+        self.known = None
+
+    def has_copies(self) -> bool:
+        """Whether anything is packed now."""
+        return self.known is not None and bool(self.known.copies)
 
     def usable(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         """Whether ``x`` may be multiplied with a packed copy of ``weight``, and whether packing pays.
@@ -125,7 +126,8 @@ class Packed:
         same = x.dtype == weight.dtype == (weight if bias is None else bias).dtype
         if not (same and x.numel() and has_packed_kernels(x.dtype)):
             return False
-        if weight is self.weight and self._state(weight, self.sample) == self.state:
+        known = self.known
+        if known is not None and known.weight is weight and known.state == _state(weight, known.sample):
             return True
         self.clear()
         if not weight.is_contiguous() or weight.is_inference():
@@ -135,19 +137,29 @@ class Packed:
         columns = weight.numel() // len(weight)
         step = weight.numel() // _SAMPLES // columns * columns + max(int(0.618 * columns), 1)
         with torch.inference_mode(False):
-            self.sample = weight.detach().view(_BITS[weight.dtype]).flatten().numpy()[::step]
-        self.state, self.weight = self._state(weight, self.sample), weight
+            sample = weight.detach().view(_BITS[weight.dtype]).flatten().numpy()[::step]
+        self.known = _Known(weight, sample, _state(weight, sample), {})
         return x.numel() >= WORTH_PACKING * (x.shape[-1] if weight.ndim == 2 else columns)
-
-    @staticmethod
-    def _state(weight: Tensor, sample: Any) -> tuple[object, ...]:
-        return weight._version, weight.data_ptr(), weight.shape, weight.stride(), sample.tobytes()
 
     def copy(self, weight: Tensor, part: slice = slice(None), factor: float = 1.0) -> Tensor:
         """``weight[part] * factor``, packed on first use. Ask ``usable`` before."""
-        copies, key = self.copies, (part.start, part.stop, factor)
+        known, key = self.known, (part.start, part.stop, factor)
+        copies = known.copies if known is not None and known.weight is weight else {}  # cleared by another thread
         if key not in copies:
             with torch.inference_mode(False), torch.no_grad():  # an inference tensor would be unusable outside of it
                 matrix = weight.detach().flatten(1)[part]
                 copies[key] = pack(matrix if factor == 1 else matrix * factor)
         return copies[key]
+
+
+class _Known(NamedTuple):
+    """A weight, what shows that it is unchanged, and its copies by part and factor."""
+
+    weight: Tensor
+    sample: Any  # a numpy view of some of its numbers, as integers
+    state: tuple[object, ...]
+    copies: dict[tuple[object, ...], Tensor]
+
+
+def _state(weight: Tensor, sample: Any) -> tuple[object, ...]:
+    return weight._version, weight.data_ptr(), weight.shape, weight.stride(), sample.tobytes()

@@ -7,11 +7,13 @@ import gc
 import io
 import multiprocessing
 import pickle
+import sys
+import threading
 import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -127,7 +129,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def count_packed(model: CLIP) -> int:
-    return sum(bool(layer.packed and layer.packed.copies) for layer in packed_layers(model))
+    return sum(bool(layer.packed and layer.packed.has_copies()) for layer in packed_layers(model))
 
 
 def is_packed(model: CLIP) -> bool:
@@ -416,9 +418,8 @@ def test_forward_mode_derivatives_come_through(model: CLIP) -> None:
 
 
 def copies_of(model: CLIP) -> list[weakref.ref[Tensor]]:
-    return [
-        weakref.ref(copy) for layer in packed_layers(model) if layer.packed for copy in layer.packed.copies.values()
-    ]
+    known = [layer.packed.known for layer in packed_layers(model) if layer.packed]
+    return [weakref.ref(copy) for one in known if one for copy in one.copies.values()]
 
 
 def half(model: CLIP) -> None:
@@ -512,7 +513,7 @@ def test_the_path_names_what_runs(model: CLIP, monkeypatch: pytest.MonkeyPatch) 
         patched.setattr(packed, "has_packed_kernels", lambda dtype: False)
         model.repack()
         assert is_right(model)
-        assert path_of(model).startswith(f"packed by oneDNN, 0 of {n} layers")
+        assert path_of(model).startswith("plain weights (cpu, float32)")
 
 
 @pytest.mark.parametrize("inference", [torch.no_grad, torch.inference_mode, torch.enable_grad])
@@ -787,6 +788,39 @@ def test_threads_share_one_model(tiny: Path) -> None:
 
 
 @pytest.mark.usefixtures("kernels")
+def test_threads_may_clear_the_copies_that_others_use(model: CLIP) -> None:
+    """With switches between threads as often as Python can."""
+    expected = plain(model, make_pixels(2), tokenize(["cat"]))
+    stop = threading.Event()
+
+    def clear() -> None:
+        while not stop.is_set():
+            model.repack()
+            for layer in packed_layers(model):
+                if layer.packed:
+                    layer.packed.clear()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            clearing = pool.submit(clear)
+            encoded = [pool.submit(encode_both, model) for _ in range(60)]
+            wait(encoded)
+            stop.set()
+            clearing.result()
+    finally:
+        sys.setswitchinterval(interval)
+    for images, texts in (future.result() for future in encoded):
+        assert close(images, expected[0])
+        assert close(texts, expected[1])
+
+
+def encode_both(model: CLIP) -> tuple[Tensor, Tensor]:
+    return model.encode_image(make_pixels(2)), model.encode_text(tokenize(["cat"]))
+
+
+@pytest.mark.usefixtures("kernels")
 def test_weights_are_packed_once(model: CLIP, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Tensor] = []
     pack = packed.pack
@@ -809,7 +843,7 @@ def test_weights_are_packed_when_that_pays(model: CLIP, monkeypatch: pytest.Monk
     block = model.visual.transformer.resblocks[0]
 
     def is_block_packed() -> list[bool]:
-        return [bool(layer.packed and layer.packed.copies) for layer in packed_layers(block)]  # type: ignore[arg-type]
+        return [bool(layer.packed and layer.packed.has_copies()) for layer in packed_layers(block)]  # type: ignore[arg-type]
 
     model.encode_image(make_pixels(29))
     assert count_packed(model) == 0
