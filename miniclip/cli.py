@@ -261,7 +261,9 @@ class _ProgressPrinter:
                 try:
                     from tqdm import tqdm
                 except ImportError:
-                    raise ConfigError('the package tqdm is missing: pip install "miniclip[embed]"') from None
+                    raise ConfigError(
+                        'the package tqdm is missing: pip install -c constraints.txt -e ".[embed]"'
+                    ) from None
                 self._bar = tqdm(total=progress.total, unit=" images", dynamic_ncols=True)
             self._bar.set_postfix_str(f"{progress.failed:,} failed", refresh=False)
             self._bar.update(progress.done - self._bar.n)

@@ -276,7 +276,7 @@ def import_pyarrow() -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise ConfigError('the package pyarrow is missing: pip install "miniclip[embed]"') from None
+        raise ConfigError('the package pyarrow is missing: pip install -c constraints.txt -e ".[embed]"') from None
     return pyarrow
 
 

@@ -222,7 +222,7 @@ class EmbeddingStore:
         try:
             import filelock
         except ImportError:
-            raise ConfigError('the package filelock is missing: pip install "miniclip[embed]"') from None
+            raise ConfigError('the package filelock is missing: pip install -c constraints.txt -e ".[embed]"') from None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = filelock.FileLock(self.folder / ".lock", timeout=0)

@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 import augment
-import data
 import optimise
+import pairs
 import pytest
 import run_folder
 import torch
@@ -268,7 +268,7 @@ def test_an_unusable_device_configuration_or_folder_is_refused(
 
 def test_every_batch_holds_all_concepts_if_they_are_few() -> None:
     captions = {f"{n}.jpg": ["a cat" if n % 3 else "a dog"] for n in range(30)}
-    batches = data.Batches(captions, 8, 0, 0, 40).epoch(0)
+    batches = pairs.Batches(captions, 8, 0, 0, 40).epoch(0)
     assert len(batches) == 20
     assert all(len(batch) == 2 for batch in batches)
     assert {index for batch in batches for index in batch} == set(range(30))
@@ -320,9 +320,9 @@ def test_fine_tuning_starts_from_the_given_weights(shapes: Path, tiny: Path, tmp
 
 @pytest.mark.parametrize("batch_size", [4, 7, 16])
 def test_a_batch_never_holds_a_concept_twice(shapes: Path, batch_size: int) -> None:
-    captions = data.read_captions(shapes)
+    captions = pairs.read_captions(shapes)
     concepts = [texts[0] for texts in captions.values()]
-    batches = data.Batches(captions, batch_size, 0, 0, 9)
+    batches = pairs.Batches(captions, batch_size, 0, 0, 9)
     seen = [index for batch in batches.epoch(0) for index in batch]
     assert len(seen) == len(set(seen))  # every image at most once in an epoch
     assert len(seen) > len(concepts) - 2 * batch_size
@@ -330,9 +330,9 @@ def test_a_batch_never_holds_a_concept_twice(shapes: Path, batch_size: int) -> N
         assert len(batch) == batch_size
         assert len({concepts[index] for _, index in batch}) == batch_size
     assert batches.epoch(0) != batches.epoch(1)
-    later = list(data.Batches(captions, batch_size, 0, 5, 9))
+    later = list(pairs.Batches(captions, batch_size, 0, 5, 9))
     assert later == list(batches)[5:]  # a resumed run sees the same batches
-    assert list(data.Batches(captions, batch_size, 1, 0, 9)) != list(batches)
+    assert list(pairs.Batches(captions, batch_size, 1, 0, 9)) != list(batches)
 
 
 def test_the_learning_rate_warms_up_and_follows_a_cosine() -> None:
@@ -369,7 +369,7 @@ def test_unknown_words_are_inserted_between_the_words_of_a_caption() -> None:
     words = tokens[:7].tolist()
     counts = set()
     for seed in range(50):
-        row = data.with_unknown_words(tokens, range(40_000, 40_010), random.Random(seed))
+        row = pairs.with_unknown_words(tokens, range(40_000, 40_010), random.Random(seed))
         ids = row[: int(row.argmax()) + 1].tolist()
         assert [i for i in ids if not 40_000 <= i < 40_010] == words
         assert (ids[0], ids[-1]) == (49406, 49407)
@@ -378,7 +378,7 @@ def test_unknown_words_are_inserted_between_the_words_of_a_caption() -> None:
         counts.add(len(ids) - len(words))
     assert counts == {1, 2, 3}
     full = miniclip.tokenize("cat " * 75)[0]
-    assert torch.equal(data.with_unknown_words(full, [40_000], random.Random(0)), full)
+    assert torch.equal(pairs.with_unknown_words(full, [40_000], random.Random(0)), full)
 
 
 @pytest.mark.slow
@@ -388,7 +388,7 @@ def test_unknown_words_reach_the_model_but_learn_nothing(shapes: Path, config: P
         assert done.returncode == 0, done.stderr
     none, all_ = (load_file(tmp_path / share / "state.safetensors") for share in "01")
     assert not torch.equal(none["model/positional_embedding"], all_["model/positional_embedding"])
-    texts = {line for lines in data.read_captions(shapes).values() for line in lines}
+    texts = {line for lines in pairs.read_captions(shapes).values() for line in lines}
     known = miniclip.tokenize(sorted(texts)).long().unique()
     rows = all_["model/token_embedding.weight"]
     strange = torch.ones(len(rows), dtype=torch.bool).index_fill(0, known, False)
@@ -411,7 +411,7 @@ def test_the_tower_on_all_patches_gives_the_model_s_embedding() -> None:
 
 def test_augmentation_keeps_the_drawing_and_follows_the_seed(shapes: Path) -> None:
     names = sorted(path.name for path in shapes.glob("*_0.png"))
-    images = torch.stack([data.open_square(shapes / name, 32, None) for name in names])
+    images = torch.stack([pairs.open_square(shapes / name, 32, None) for name in names])
     on_white = augment.on_white(images)
     expected = torch.stack(
         [miniclip.Preprocess(32, (0, 0, 0), (1, 1, 1))(miniclip.open_image(shapes / name)) for name in names]
@@ -432,7 +432,7 @@ def test_augmentation_keeps_the_drawing_and_follows_the_seed(shapes: Path) -> No
 
 def test_a_random_crop_is_a_square_of_the_image(tmp_path: Path) -> None:
     Image.linear_gradient("L").convert("RGB").resize((90, 60)).save(tmp_path / "photo.jpg")
-    crops = [data.open_square(tmp_path / "photo.jpg", 32, random.Random(seed)) for seed in range(8)]
+    crops = [pairs.open_square(tmp_path / "photo.jpg", 32, random.Random(seed)) for seed in range(8)]
     assert all(crop.shape == (4, 32, 32) and crop[3].min() == 255 for crop in crops)
     assert len({crop.numpy().tobytes() for crop in crops}) > 1
 

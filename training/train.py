@@ -18,11 +18,11 @@ import signal
 from pathlib import Path
 
 import augment
-import data
 import optimise
+import pairs
 import shared
 import torch
-from data import Batch, Captions
+from pairs import Batch, Captions
 from run_folder import RunFolder
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -48,16 +48,16 @@ def train(options: argparse.Namespace) -> None:
     """A whole run: data, model and optimiser, then the steps, then what is left in the folder."""
     torch.manual_seed(options.seed)
     device = usable_device(options.device)
-    captions = data.read_captions(options.data)
-    training, validation = data.split(captions, options.validation, options.seed)
-    if not data.has_contrast(training):
+    captions = pairs.read_captions(options.data)
+    training, validation = pairs.split(captions, options.validation, options.seed)
+    if not pairs.has_contrast(training):
         raise SystemExit(f"of {len(captions)} images --validation {options.validation} leaves too few to train on")
     folder = RunFolder(options)
     model, preprocess = new_model(options, captions, device)
     optimiser = optimise.optimiser_for(model, options)
     step = folder.resume(model, optimiser) if options.resume else 0
 
-    unknown = data.unknown_words(captions, model) if options.unknown_words else torch.zeros(0, dtype=torch.long)
+    unknown = pairs.unknown_words(captions, model) if options.unknown_words else torch.zeros(0, dtype=torch.long)
     batches = training_batches(training, options, model, unknown, start=step)
     held_out = validation_batch(validation, options, model)
     trainer = Trainer(model, preprocess, optimiser, unknown.to(device), options)
@@ -108,7 +108,7 @@ def new_model(
     else:
         model = miniclip.CLIP(architecture(options.config)).to(device)
         preprocess = miniclip.Preprocess(size=model.config.vision.image_size)
-        optimise.initialise(model, data.known_words(captions, model).to(device))
+        optimise.initialise(model, pairs.known_words(captions, model).to(device))
     model.requires_grad_(True).train()
     return model, preprocess
 
@@ -136,9 +136,9 @@ def training_batches(
 ) -> DataLoader[Batch | None]:
     """The batches of the steps from ``start`` on, decoded by --workers processes."""
     return DataLoader(
-        data.Pairs(captions, options, model, unknown.tolist()),
-        batch_sampler=data.Batches(captions, options.batch_size, options.seed, start, options.steps),
-        collate_fn=data.collate,
+        pairs.Pairs(captions, options, model, unknown.tolist()),
+        batch_sampler=pairs.Batches(captions, options.batch_size, options.seed, start, options.steps),
+        collate_fn=pairs.collate,
         num_workers=options.workers,
         worker_init_fn=_ignore_interrupts,
         pin_memory=model.device.type == "cuda",
@@ -149,9 +149,9 @@ def validation_batch(captions: Captions, options: argparse.Namespace, model: min
     """One batch of held-out images, the same at every validation."""
     if not captions:
         return None
-    pairs = data.Pairs(captions, options, model)
-    indices = data.Batches(captions, options.batch_size, options.seed, 0, 1).epoch(0)[0]
-    return data.collate([pairs[-1, index] for index in indices])
+    examples = pairs.Pairs(captions, options, model)
+    indices = pairs.Batches(captions, options.batch_size, options.seed, 0, 1).epoch(0)[0]
+    return pairs.collate([examples[-1, index] for index in indices])
 
 
 # -- one step ---------------------------------------------------------------------------------------------------------
