@@ -260,7 +260,9 @@ def embed_images(
     Args:
         source: a folder, with all its subfolders; a .tar, as img2dataset writes them; or a text file of paths.
         out: the folder of the embeddings. It is created if it is missing.
-        model, device, dtype: as in ``load``. The dtype is for the computation; vectors are stored in float16.
+        model: what to load, as ``name`` in ``load``.
+        device: as in ``load``.
+        dtype: as in ``load``, for the computation. Vectors are stored in float16.
         batch_size: images that go through the model together.
         workers: threads that decode; by default one for each core.
         shard_size: images in one shard.
@@ -277,7 +279,7 @@ def embed_images(
         ConfigError: if ``out`` was created with other settings (the error names the first that differs), or if another
             run is writing to it.
         StorageError: if ``out`` cannot be written. Complete shards stay complete.
-        Those of ``load``.
+        MiniclipError: as ``load`` does, if the model cannot be loaded.
     """
     for name, number in (("batch_size", batch_size), ("shard_size", shard_size), ("workers", workers)):
         if not (name == "workers" and number is None) and (type(number) is not int or number < 1):

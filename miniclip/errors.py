@@ -26,7 +26,7 @@ class DownloadError(MiniclipError, OSError):
 
 
 class StorageError(MiniclipError, OSError):
-    """A folder or file cannot be written."""
+    """A folder of vectors, or a file in it, cannot be written, read, removed or memory-mapped."""
 
 
 class InputError(MiniclipError, ValueError):

@@ -48,9 +48,10 @@ def load(
         download_root: the folder that keeps downloads. By default the Hub client's own cache.
         dtype: the dtype of the parameters and of the computation: float32, float16, bfloat16 or float64. By default
             float16 on CUDA, float32 elsewhere.
-        fast: false computes everything in the plainest way, for comparison. True (the default) may use equivalent,
-            faster orders of computation on the CPU. The results agree up to rounding. Packed copies of the weight
-            matrices then take additional memory.
+        fast: true (the default) computes only those tokens of the last block that are pooled. On the CPU it also
+            shares common beginnings of texts, and multiplies with packed copies of the weights, which take
+            additional memory. False computes every token with the plain weights, for comparison. The results agree
+            up to rounding.
         activation: "quick_gelu" or "gelu". Needed for weights without a configuration; overrides one that is there.
         heads: the number of attention heads, one integer or (image tower, text tower). Needed for weights without a
             configuration if a head is not 64 wide; overrides a configuration that is there.

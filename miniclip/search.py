@@ -116,7 +116,7 @@ class Index:
             TypeError: if the text is not a string, the image is not a PIL image, or ``k`` is not an int.
             TextTooLongError: if the text does not fit into the context of the model.
             CheckpointError: if the model has changed since it made the vectors.
-            Those of ``load``.
+            MiniclipError: as ``load`` does, if the model cannot be loaded.
         """
         _check_k(k)
         return self.nearest(self.encode_query(text, image), k)
