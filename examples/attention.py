@@ -160,10 +160,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("attention.png"), help="the PNG (default: attention.png)")
     options = parser.parse_args()
 
-    if options.out.suffix.lower() != ".png":
-        raise SystemExit(f"{options.out}: the figure is a PNG, so its name must end in .png")
-    if not options.out.resolve().parent.is_dir():
-        raise SystemExit(f"there is no folder {options.out.resolve().parent}")
+    common.check_figure_path(options.out)
     if options.image is not None and not options.prompts:
         raise SystemExit(f"say what to look for in {options.image}: give one or more prompts after it")
     samples = {common.IMAGES / name: prompts for name, prompts in SAMPLES.items()}

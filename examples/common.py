@@ -80,6 +80,18 @@ def read_captions(folder: Path) -> dict[str, list[str]]:
     return captions
 
 
+def check_figure_path(path: Path) -> None:
+    """Refuse a place where no PNG can be written, before anything is computed.
+
+    Raises:
+        SystemExit: if the name does not end in .png, or the folder does not exist.
+    """
+    if path.suffix.lower() != ".png":
+        raise SystemExit(f"{path}: the figure is a PNG, so its name must end in .png")
+    if not path.resolve().parent.is_dir():
+        raise SystemExit(f"there is no folder {path.resolve().parent}")
+
+
 def main(script_main: Callable[[], None]) -> None:
     """Run a script. An expected error becomes one sentence behind the script's name, without a traceback."""
     try:

@@ -89,10 +89,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("similarity.png"), help="the PNG (default: similarity.png)")
     options = parser.parse_args()
 
-    if options.out.suffix.lower() != ".png":
-        raise SystemExit(f"{options.out}: the figure is a PNG, so its name must end in .png")
-    if not options.out.resolve().parent.is_dir():
-        raise SystemExit(f"there is no folder {options.out.resolve().parent}")
+    common.check_figure_path(options.out)
     folder = options.folder or common.IMAGES
     captions_of = common.read_captions(folder)
     if len(captions_of) > MAX_IMAGES:

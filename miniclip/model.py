@@ -166,13 +166,14 @@ class TextTransformer(nn.Module):
 
     def encode_tree(self, tree: prefixes.Tree) -> Tensor:
         """The texts of a tree, (rows, D): what ``forward`` gives for each, with shared beginnings computed once."""
-        x = self.token_embedding(tree.tokens) + self.positional_embedding[tree.positions]  # (nodes, W)
-        x = self.transformer(x[:, None], tree, prefixes.Ends(tree))[:, 0]  # (rows, W)
+        x = self.embed_tokens(tree.tokens[:, None], tree.positions[:, None])  # (nodes, 1, W)
+        x = self.transformer(x, tree, prefixes.Ends(tree))[:, 0]  # (rows, W)
         return self.ln_final(x) @ self.text_projection
 
-    def embed_tokens(self, tokens: Tensor) -> Tensor:
-        """Token embeddings with positions added: (N, L) -> (N, L, W)."""
-        return self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
+    def embed_tokens(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Token embeddings with positions added, 0 to L - 1 unless given (N, L): (N, L) -> (N, L, W)."""
+        places = slice(tokens.shape[1]) if positions is None else positions
+        return self.token_embedding(tokens) + self.positional_embedding[places]
 
     def end_positions(self, tokens: Tensor) -> Tensor:
         """Where each row is pooled, (N,): at its first end-of-text token (argmax returns the first of equals)."""

@@ -203,8 +203,8 @@ def test_fast_decoding_uses_a_smaller_image(tiny: Path, tmp_path: Path) -> None:
         out = tmp_path / f"out_{fast}"
         miniclip.embed_images(tmp_path / "photos", out, str(tiny), device="cpu", fast_decode=fast)
         vectors.append(np.load(out / "img_emb" / "img_emb_0.npy")[0].astype(float))
-        at_least = preprocess.size * 3 // 2 if fast else None
-        image = miniclip.open_image(tmp_path / "photos" / "photo.jpg", min_side=at_least)
+        min_side = preprocess.size * 3 // 2 if fast else None
+        image = miniclip.open_image(tmp_path / "photos" / "photo.jpg", min_side=min_side)
         expected = F.normalize(model.encode_image(preprocess([image])), dim=1)[0].numpy()
         assert np.abs(vectors[-1] - expected).max() < 6e-4
     assert np.abs(vectors[0] - vectors[1]).max() > 1e-3

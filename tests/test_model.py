@@ -210,7 +210,7 @@ def test_loss_and_every_gradient_equal_transformers(fresh: CLIP, reference64: CL
     assert compared == len(grads)
 
 
-def test_the_loss_refuses_what_are_not_pairs() -> None:
+def test_the_loss_refuses_logits_that_are_not_square() -> None:
     for shape in ((2, 3), (4,), (0, 0)):
         with pytest.raises(InputError, match=re.escape(str(shape))):
             miniclip.contrastive_loss(torch.zeros(shape))

@@ -396,9 +396,18 @@ def test_a_method_changed_on_its_class_runs(
     model: CLIP, monkeypatch: pytest.MonkeyPatch, kind: type, name: str
 ) -> None:
     assert is_right(model)
+    old = plain(model, make_pixels(5), tokenize(TEXTS))
     original = getattr(kind, name)
-    monkeypatch.setattr(kind, name, lambda self, x: original(self, x) + 1)
+
+    def changed(self: nn.Module, *given: Any) -> Tensor:
+        x = original(self, *given)
+        return x + torch.linspace(0, 1, x.shape[-1])  # a constant would be lost in the next layer norm
+
+    monkeypatch.setattr(kind, name, changed)
     assert is_right(model)
+    images, texts = plain(model, make_pixels(5), tokenize(TEXTS))
+    assert kind is model_module.TextTransformer or not close(images, old[0])
+    assert kind is model_module.VisionTransformer or not close(texts, old[1])
 
 
 @pytest.mark.parametrize("size", [36, 39])
@@ -462,8 +471,8 @@ def test_modes_of_torch_see_the_plain_modules(model: CLIP) -> None:
         assert model.encode_image(make_pixels(2)).dtype == plain_images(model, make_pixels(2)).dtype
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch has no batching rule for its attention, and says so
-        per_picture = torch.func.vmap(lambda image: model.encode_image(image[None])[0])(make_pixels(3))
-    assert close(per_picture, plain_images(model, make_pixels(3)))
+        per_image = torch.func.vmap(lambda image: model.encode_image(image[None])[0])(make_pixels(3))
+    assert close(per_image, plain_images(model, make_pixels(3)))
     seen: list[int] = []
     handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(id(module)))
     try:
@@ -499,7 +508,7 @@ def test_fast_can_be_turned_off(tiny: Path) -> None:
 
 
 @pytest.mark.usefixtures("kernels")
-def test_the_path_names_what_runs(model: CLIP, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_path_of_names_the_layers_that_are_not_packed(model: CLIP, monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_right(model)
     n = len(packed_layers(model))
     assert n == 1 + 4 * 3 + 4 * 2
@@ -694,7 +703,7 @@ def test_a_storage_that_is_used_again_is_not_taken_for_the_old_one(model: CLIP) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_it_follows_the_models_dtype_and_back(model: CLIP, dtype: torch.dtype) -> None:
+def test_embeddings_have_the_models_dtype_there_and_back(model: CLIP, dtype: torch.dtype) -> None:
     assert is_right(model)
     model.to(dtype)
     given = model.encode_image(make_pixels(3)), model.encode_text(tokenize(TEXTS))
@@ -721,14 +730,14 @@ def test_a_copy_has_weights_of_its_own(model: CLIP, way: str) -> None:
     assert is_right(model)
 
 
-def test_the_state_dict_holds_nothing_more(model: CLIP) -> None:
+def test_packing_adds_nothing_to_the_state_dict(model: CLIP) -> None:
     before = list(model.state_dict()), [id(module) for module in model.modules()]
     assert is_right(model)
     assert (list(model.state_dict()), [id(module) for module in model.modules()]) == before
     assert len(pickle.dumps(model)) < 1.1 * len(pickle.dumps(model.state_dict()))
 
 
-def test_training_goes_on_as_if_it_were_not_there(tiny: Path) -> None:
+def test_training_gives_the_same_numbers_with_and_without_packing(tiny: Path) -> None:
     results = []
     for way in (True, False):
         model, _ = miniclip.load(tiny, "cpu", dtype=torch.float64, fast=way)
@@ -748,7 +757,7 @@ def test_training_goes_on_as_if_it_were_not_there(tiny: Path) -> None:
         assert close(ours, reference, 1e-12)
 
 
-def test_a_model_that_is_let_go_is_gone(tiny: Path) -> None:
+def test_a_deleted_model_frees_its_memory_at_once(tiny: Path) -> None:
     """Without waiting for the garbage collector: a second model may not fit beside the first."""
     model, _ = miniclip.load(tiny, "cpu")
     assert is_right(model)
