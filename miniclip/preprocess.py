@@ -93,8 +93,13 @@ class Preprocess:
         if isinstance(images, (list, tuple)):
             if not images:
                 raise InputError("there are no images to preprocess: the list is empty")
-            return torch.stack([self._to_tensor(image) for image in images])
-        return self._to_tensor(images)
+            batch = np.empty((len(images), 3, self.size, self.size), dtype=np.float32)
+            for image, out in zip(images, batch):
+                self._fill(out, image)
+            return torch.from_numpy(batch)
+        out = np.empty((3, self.size, self.size), dtype=np.float32)
+        self._fill(out, images)
+        return torch.from_numpy(out)
 
     def to_pixels(self, image: object) -> np.ndarray:
         """One PIL image -> (3, S, S) uint8: the part that the model sees, before ``normalise``.
@@ -129,9 +134,10 @@ class Preprocess:
         levels = torch.from_numpy(self._levels).to(pixels.device)
         return torch.stack([levels[c][pixels.select(-3, c).int()] for c in range(3)], dim=-3)
 
-    def _to_tensor(self, image: object) -> Tensor:
-        planes = self.to_pixels(image)
-        return torch.from_numpy(np.stack([levels.take(plane) for levels, plane in zip(self._levels, planes)]))
+    def _fill(self, out: np.ndarray, image: object) -> None:
+        """Write an image's normalised pixels into ``out``. torch.stack would wake its threads for one copy: 1.5 ms."""
+        for levels, plane, target in zip(self._levels, self.to_pixels(image), out):
+            levels.take(plane, out=target, mode="clip")  # uint8 is never out of range; the default mode copies twice
 
     def _resize_and_crop(self, image: Image.Image) -> Image.Image:
         short = min(image.size)
