@@ -361,9 +361,37 @@ def own_convolution(model: CLIP) -> None:
     model.transformer.resblocks[0].forward = lambda x: -x  # type: ignore[method-assign]
 
 
+class TakesOnlyX(nn.Module):
+    """A wrapper as other libraries write it: it knows nothing of views."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        return y + torch.linspace(0, 1, y.shape[-1])
+
+
+def wrapped_attention(model: CLIP) -> None:
+    for tower in (model.visual.transformer, model.transformer):
+        tower.resblocks[-1].attn = TakesOnlyX(tower.resblocks[-1].attn)
+
+
+def wrapped_last_block(model: CLIP) -> None:
+    for tower in (model.visual.transformer, model.transformer):
+        tower.resblocks[-1] = TakesOnlyX(tower.resblocks[-1])
+
+
+def other_heads(model: CLIP) -> None:
+    model.visual.transformer.resblocks[-1].attn.heads = 8
+    model.transformer.resblocks[-1].attn.heads = 6
+
+
 @pytest.mark.parametrize(
     "change",
     [
+        *(wrapped_attention, wrapped_last_block, other_heads),
         *(hooked, own_layer, own_forward, other_mask, tanh_gelu, a_layer_more, a_norm_between, wrapped_activation),
         *(no_activation, dropped_block, no_blocks, no_bias, an_adapter_taken_away, own_embed, other_convolution),
         *(weights_that_are_computed, not_contiguous, every_other_bias, one_bias_for_all, part_of_a_wider_weight),
@@ -659,9 +687,24 @@ def gains_and_biases(model: CLIP) -> None:
             parameter.data += 0.5
 
 
+def exchanged_tensors(model: CLIP) -> None:
+    for tower in (model.visual.transformer, model.transformer):
+        weight = tower.resblocks[0].mlp.c_fc.weight
+        torch.utils.swap_tensors(weight, nn.Parameter(weight * 2, requires_grad=False))
+
+
+def tied_weights(model: CLIP) -> None:
+    for tower in (model.visual.transformer, model.transformer):
+        first, second = (block.mlp.c_fc for block in tower.resblocks[:2])
+        second.weight = first.weight
+        with torch.no_grad():
+            first.weight.mul_(1.5)
+
+
 @pytest.mark.parametrize(
     "change",
     [
+        *(exchanged_tensors, tied_weights),
         *(in_place, one_number, through_data, other_data, loaded, assigned, other_parameter, swapped_blocks),
         *(fewer_blocks, other_activation, gains_and_biases, a_block_through_data, a_head_through_data),
         *(all_through_numpy, half_of_the_numbers_through_data),
