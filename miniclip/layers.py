@@ -54,7 +54,7 @@ class PatchEmbedding(PackedLayer, nn.Conv2d):
 
     def forward(self, images: Tensor) -> Tensor:
         packed = self.packed
-        if packed and images.ndim == 4 and self._tiles() and packed.usable(images, self.weight, self.bias):
+        if packed and images.ndim == 4 and self._tiles(images) and packed.usable(images, self.weight, self.bias):
             # Every pixel is in one patch, so the convolution is a product with the flattened patches.
             n, size = len(images), self.kernel_size[0]
             height, width = (side // size for side in images.shape[2:])  # a convolution leaves out the rest, too
@@ -63,10 +63,12 @@ class PatchEmbedding(PackedLayer, nn.Conv2d):
             return product(patches, packed.copy(self.weight), self.bias).permute(0, 3, 1, 2)
         return super().forward(images)
 
-    def _tiles(self) -> bool:
-        """Whether it is still such a convolution: its attributes can be set."""
-        settings = self.stride, self.padding, self.dilation, self.groups
-        return settings == (self.kernel_size, (0, 0), (1, 1), 1) and "_conv_forward" not in self.__dict__
+    def _tiles(self, images: Tensor) -> bool:
+        """Whether it is still such a convolution, for images with room for a patch: its attributes can be set."""
+        settings = self.stride, self.padding, self.dilation, self.groups, self.weight.shape[1:]
+        own = settings == (self.kernel_size, (0, 0), (1, 1), 1, (3, *self.kernel_size))
+        fits = images.shape[1] == 3 and min(images.shape[2:]) >= self.kernel_size[0]
+        return own and fits and "_conv_forward" not in self.__dict__
 
 
 class Embedding(nn.Embedding):
@@ -147,7 +149,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = No
         scores = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=depth**-0.5)
         scores = scores.view(n, heads, queries, keys)
         if causal:
-            mask = torch.ones(queries, keys, dtype=torch.bool).tril()
+            mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril()
         scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
         x = torch.bmm(scores.softmax(dim=-1).flatten(0, 1), v)  # (N heads, L', W / heads)
         return x.transpose(0, 1).reshape(queries, n, width)

@@ -234,7 +234,9 @@ class CLIP(TextTransformer):
 
     def repack(self) -> None:
         """Free the packed copies of the weights. Call it after writing a few numbers through ``.data`` or numpy."""
-        self.fast = self.fast
+        for layer in self.packed_layers().values():
+            if layer.packed is not None:
+                layer.packed.clear()
 
     def packed_layers(self) -> dict[str, PackedLayer]:
         """The layers that can keep packed copies of their weights, by name."""
@@ -264,7 +266,7 @@ class CLIP(TextTransformer):
         lengths = self._check_tokens(text)
         if not lengths or not is_untouched(self):
             return super().forward(text)
-        if is_ordinary(text):  # a CPU without modes or transforms
+        if is_ordinary(text) and self._shares_prefixes():  # a CPU without modes or transforms
             trees, row_of = prefixes.trees(text, lengths)
             embeddings = torch.cat([self.encode_tree(tree) for tree in trees])
             if embeddings.isfinite().all():  # texts that share a beginning would share a NaN as well
@@ -288,6 +290,12 @@ class CLIP(TextTransformer):
         """The text tower's embeddings, then every block's output: layers + 1 tensors (N, L, W). Never cut."""
         self._check_tokens(text)
         return self.transformer.hidden_states(self.embed_tokens(text).transpose(0, 1))
+
+    def _shares_prefixes(self) -> bool:
+        """Whether a token's embedding depends on its id and position alone, and its gradient on no count of ids."""
+        own = type(self).embed_tokens is _EMBED_TOKENS and "embed_tokens" not in self.__dict__
+        per_position = len(self.positional_embedding) == self.context_length
+        return own and per_position and not self.token_embedding.scale_grad_by_freq
 
     def _check_tokens(self, tokens: Tensor) -> list[int]:
         """The length of every row, its end token included."""
@@ -314,6 +322,7 @@ class CLIP(TextTransformer):
         return [position + 1 for *_, position in rows]
 
 
+_EMBED_TOKENS = TextTransformer.embed_tokens
 layers.OWN_FORWARDS |= {kind: kind.forward for kind in (ResidualAttentionBlock, Transformer, VisionTransformer)}
 
 

@@ -118,27 +118,28 @@ class Packed:
         """
         if is_traced():
             return False
+        if self.known is not None and not self.known.holds_for(weight):
+            self.clear()
         if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
             self.clear()  # the layer is being trained
             return False
         if not (is_ordinary(x) and type(weight) is nn.Parameter and weight.is_cpu and torch._C._get_mkldnn_enabled()):
             return False
-        same = x.dtype == weight.dtype == (weight if bias is None else bias).dtype
-        if not (same and x.numel() and has_packed_kernels(x.dtype)):
+        if bias is not None and (bias.dtype != x.dtype or bias.shape != weight.shape[:1]):
             return False
-        known = self.known
-        if known is not None and known.weight is weight and known.state == _state(weight, known.sample):
+        if not (x.dtype == weight.dtype and x.numel() and has_packed_kernels(x.dtype)):
+            return False
+        if self.known is not None:
             return True
-        self.clear()
         if not weight.is_contiguous() or weight.is_inference():
             return False
         # The stride walks over rows and columns, so that every large block of the matrix has numbers in the sample.
-        # The view keeps the memory, so that no other weight can come to the same address.
+        # The view keeps freed memory, so that no other weight comes to the same address.
         columns = weight.numel() // len(weight)
         step = weight.numel() // _SAMPLES // columns * columns + max(int(0.618 * columns), 1)
         with torch.inference_mode(False):
             sample = weight.detach().view(_BITS[weight.dtype]).flatten().numpy()[::step]
-        self.known = _Known(weight, sample, _state(weight, sample), {})
+        self.known = _Known(weight, _state(weight), sample, sample.tobytes(), {})
         return x.numel() >= WORTH_PACKING * (x.shape[-1] if weight.ndim == 2 else columns)
 
     def copy(self, weight: Tensor, part: slice = slice(None), factor: float = 1.0) -> Tensor:
@@ -156,10 +157,16 @@ class _Known(NamedTuple):
     """A weight, what shows that it is unchanged, and its copies by part and factor."""
 
     weight: Tensor
-    sample: Any  # a numpy view of some of its numbers, as integers
     state: tuple[object, ...]
+    sample: Any  # a numpy view of some of its numbers, as integers
+    bits: bytes  # of the sample
     copies: dict[tuple[object, ...], Tensor]
 
+    def holds_for(self, weight: Tensor) -> bool:
+        # In this order: a weight that has moved, into shared memory for example, may leave the sample without memory.
+        same = weight is self.weight and not weight.is_inference() and self.state == _state(weight)
+        return same and self.bits == self.sample.tobytes()
 
-def _state(weight: Tensor, sample: Any) -> tuple[object, ...]:
-    return weight._version, weight.data_ptr(), weight.shape, weight.stride(), sample.tobytes()
+
+def _state(weight: Tensor) -> tuple[object, ...]:
+    return weight._version, weight.data_ptr(), weight.shape, weight.stride()

@@ -22,6 +22,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_reference
+from helpers import run_python
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
@@ -1108,3 +1109,85 @@ def test_a_forked_process_encodes(model: CLIP) -> None:
             assert close(torch.tensor(images), expected[0])
             assert close(torch.tensor(texts), expected[1])
         work.result()
+
+
+# -- what a second attack found ----------------------------------------------------------------------------------------
+
+
+def test_a_weight_that_moves_into_shared_memory_is_packed_anew() -> None:
+    """torch unmaps the old memory. Reading a sample of it would end the process, so this runs in one of its own."""
+    code = """
+import torch
+from miniclip import layers
+layer = layers.Linear(2048, 2048).requires_grad_(False)
+layer.weight.normal_(), layer.bias.normal_()
+x = torch.randn(600, 2048)
+first = layer(x), layer(x)
+layer.weight.share_memory_()
+assert torch.allclose(layer(x), first[1], atol=1e-3)
+print("alive")
+"""
+    done = run_python("-c", code)
+    assert done.stdout == "alive\n", done.stderr
+
+
+class LearnedPrompt(CLIP):
+    def embed_tokens(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        x = super().embed_tokens(tokens).clone()
+        x[:, 1:3] += torch.linspace(0, 1, x.shape[-1])
+        return x
+
+
+def test_own_token_embeddings_are_used(model: CLIP) -> None:
+    assert is_right(model)
+    old = model.encode_text(tokenize(TEXTS))
+    model.__class__ = LearnedPrompt
+    assert is_right(model)
+    assert not close(model.encode_text(tokenize(TEXTS)), old)
+    model.__class__ = CLIP
+    embed = model.embed_tokens
+    model.embed_tokens = lambda tokens: 2 * embed(tokens)  # type: ignore[method-assign]
+    assert is_right(model)
+
+
+def test_a_frequency_scaled_gradient_counts_every_token(tiny: Path) -> None:
+    gradients = []
+    for fast in (True, False):
+        model, _ = miniclip.load(tiny, "cpu", dtype=torch.float64, fast=fast)
+        model.token_embedding.scale_grad_by_freq = True
+        model.token_embedding.weight.requires_grad_(True)
+        model.encode_text(tokenize(PROMPTS)).square().sum().backward()
+        gradients.append(model.token_embedding.weight.grad)
+    assert torch.allclose(gradients[0], gradients[1], atol=1e-12)
+
+
+def test_a_position_for_all_tokens_is_broadcast(model: CLIP) -> None:
+    model.positional_embedding = nn.Parameter(model.positional_embedding[:1].clone(), requires_grad=False)
+    assert is_right(model)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_biases_and_convolutions_that_torch_broadcasts_or_refuses(model: CLIP) -> None:
+    assert is_right(model)
+    for tower in (model.visual.transformer, model.transformer):
+        tower.resblocks[0].mlp.c_proj.bias = nn.Parameter(torch.ones(1), requires_grad=False)
+        tower.resblocks[1].mlp.c_fc.bias = nn.Parameter(torch.ones(1), requires_grad=False)
+    assert is_right(model)
+    with pytest.raises(RuntimeError, match="Kernel size"):
+        model.visual.conv1(torch.zeros(2, 3, 4, 4))
+    model.visual.conv1.weight = nn.Parameter(model.visual.conv1.weight[:, :, :4, :4].clone(), requires_grad=False)
+    images = make_pixels(2)
+    assert torch.allclose(model.visual.conv1(images), F.conv2d(images, model.visual.conv1.weight, stride=8), atol=1e-5)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_weights_that_can_no_longer_be_packed_free_their_copies(model: CLIP) -> None:
+    assert is_right(model)
+    old = copies_of(model.visual)  # type: ignore[arg-type]
+    for layer in packed_layers(model.visual):  # type: ignore[arg-type]
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            delattr(layer, name)
+            setattr(layer, name, parameter.detach().clone())
+    for _ in range(2):
+        model.encode_image(make_pixels(2))
+    assert not any(reference() is not None for reference in old)
