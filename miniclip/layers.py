@@ -49,25 +49,22 @@ class Linear(PackedLayer, nn.Linear):
 class PatchEmbedding(PackedLayer, nn.Conv2d):
     """A convolution whose stride is its size, without padding: (N, 3, S, S) -> (N, W, grid, grid)."""
 
-    def __init__(self, width: int, patch_size: int) -> None:
-        super().__init__(3, width, kernel_size=patch_size, stride=patch_size, bias=False)
-
     def forward(self, images: Tensor) -> Tensor:
         packed = self.packed
         if packed and images.ndim == 4 and self._tiles(images) and packed.usable(images, self.weight, self.bias):
             # Every pixel is in one patch, so the convolution is a product with the flattened patches.
-            n, size = len(images), self.kernel_size[0]
+            (n, channels), size = images.shape[:2], self.kernel_size[0]
             height, width = (side // size for side in images.shape[2:])  # a convolution leaves out the rest, too
             images = images[:, :, : height * size, : width * size]
-            patches = images.reshape(n, 3, height, size, width, size).permute(0, 2, 4, 1, 3, 5).flatten(3)
+            patches = images.reshape(n, channels, height, size, width, size).permute(0, 2, 4, 1, 3, 5).flatten(3)
             return product(patches, packed.copy(self.weight), self.bias).permute(0, 3, 1, 2)
         return super().forward(images)
 
     def _tiles(self, images: Tensor) -> bool:
         """Whether it is still such a convolution, for images with room for a patch: its attributes can be set."""
         settings = self.stride, self.padding, self.dilation, self.groups, self.weight.shape[1:]
-        own = settings == (self.kernel_size, (0, 0), (1, 1), 1, (3, *self.kernel_size))
-        fits = images.shape[1] == 3 and min(images.shape[2:]) >= self.kernel_size[0]
+        own = settings == (self.kernel_size, (0, 0), (1, 1), 1, (self.in_channels, *self.kernel_size))
+        fits = images.shape[1] == self.in_channels and min(images.shape[2:]) >= self.kernel_size[0]
         return own and fits and "_conv_forward" not in self.__dict__
 
 

@@ -92,7 +92,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.input_resolution = config.image_size
         self.output_dim = embed_dim
-        self.conv1 = PatchEmbedding(config.width, config.patch_size)
+        self.conv1 = PatchEmbedding(3, config.width, config.patch_size, config.patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(config.width))
         self.positional_embedding = nn.Parameter(torch.empty(config.grid**2 + 1, config.width))
         self.ln_pre = nn.LayerNorm(config.width, config.layer_norm_eps)
@@ -249,9 +249,10 @@ class CLIP(TextTransformer):
             InputError: if the images have another shape, dtype or device.
         """
         images = self.visual.check(image)
-        parts = -(-len(images) * len(self.visual.positional_embedding) // MAX_TOKENS)
-        if parts > 1 and images.is_cpu and not is_traced() and is_untouched(self.visual):
-            return torch.cat([self.visual(part) for part in images.chunk(parts)])
+        if images.is_cpu and not is_traced():  # a trace would keep the number of parts of its example
+            parts = -(-len(images) * len(self.visual.positional_embedding) // MAX_TOKENS)
+            if parts > 1 and is_untouched(self.visual):
+                return torch.cat([self.visual(part) for part in images.chunk(parts)])
         return self.visual(images)
 
     def encode_text(self, text: Tensor) -> Tensor:
@@ -322,13 +323,15 @@ class CLIP(TextTransformer):
         return [position + 1 for *_, position in rows]
 
 
-_EMBED_TOKENS = TextTransformer.embed_tokens
+_EMBED_TOKENS, _TEXT_FORWARD = TextTransformer.embed_tokens, TextTransformer.forward
 layers.OWN_FORWARDS |= {kind: kind.forward for kind in (ResidualAttentionBlock, Transformer, VisionTransformer)}
 
 
 def is_untouched(tower: VisionTransformer | TextTransformer) -> bool:
     """Whether the tower is as it was built, and fast: nobody sees the shapes that its parts get."""
     causal = isinstance(tower, TextTransformer)
+    if causal and TextTransformer.forward is not _TEXT_FORWARD:
+        return False
     names = "token_embedding", "transformer", "ln_final"
     modules: list[nn.Module | None] = [tower._modules.get(name) for name in names] if causal else [tower]
     seen = blocks = 0
@@ -348,7 +351,7 @@ def is_untouched(tower: VisionTransformer | TextTransformer) -> bool:
 
 
 def path_of(clip: CLIP) -> str:
-    """How images and texts were computed last, such as "packed by oneDNN, 98 of 98 layers" or "plain (fast is off)"."""
+    """How images and texts are computed: "packed by oneDNN, 98 of 98 layers" or "plain (fast is off)", for example."""
     if not clip.fast:
         return "plain (fast is off)"
     layers = clip.packed_layers()

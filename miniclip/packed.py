@@ -93,8 +93,9 @@ class Packed:
     sample of numbers. Every write that torch counts changes the version. A write to a whole tensor through ``.data``
     or numpy changes the sample. A few numbers written in that way go unnoticed: call ``CLIP.repack`` after it.
 
-    Copies do not belong to the layer's state: a copied, unpickled or converted layer starts without. There is no lock.
-    Two threads may pack one weight, and either copy is right. What is known of a weight is replaced as a whole.
+    ``usable`` drops the copies when the weight has changed or is trained. ``to()`` and its like, ``CLIP.repack`` and
+    setting ``CLIP.fast`` drop them at once. Deep copies and pickles of a layer start without. There is no lock: two
+    threads may pack one weight, and either copy is right. What is known of a weight is replaced as a whole.
     """
 
     def __init__(self) -> None:
@@ -118,7 +119,9 @@ class Packed:
         """
         if is_traced():
             return False
-        if self.known is not None and not self.known.holds_for(weight):
+        known = self.known  # read once, because another thread may clear it
+        if known is not None and not known.holds_for(weight):
+            known = None
             self.clear()
         if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
             self.clear()  # the layer is being trained
@@ -129,7 +132,7 @@ class Packed:
             return False
         if not (x.dtype == weight.dtype and x.numel() and has_packed_kernels(x.dtype)):
             return False
-        if self.known is not None:
+        if known is not None:
             return True
         if not weight.is_contiguous() or weight.is_inference():
             return False

@@ -1191,3 +1191,35 @@ def test_weights_that_can_no_longer_be_packed_free_their_copies(model: CLIP) -> 
     for _ in range(2):
         model.encode_image(make_pixels(2))
     assert not any(reference() is not None for reference in old)
+
+
+def test_a_patched_text_forward_runs(model: CLIP, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = model_module.TextTransformer.forward
+    old = model.encode_text(tokenize(TEXTS))
+    monkeypatch.setattr(model_module.TextTransformer, "forward", lambda self, tokens: 2 * forward(self, tokens))
+    assert torch.allclose(model.encode_text(tokenize(TEXTS)), 2 * old, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_lora_by_peft_on_the_patch_embedding(model: CLIP) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    assert is_right(model)
+    old = model.encode_image(make_pixels(5))
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["conv1"]))  # starts as the identity
+    with torch.no_grad():
+        assert close(model.encode_image(make_pixels(5)), old)
+    merged = wrapped.merge_and_unload().requires_grad_(False)
+    assert is_right(merged)
+    assert close(merged.encode_image(make_pixels(5)), old)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_whole_model_exports_with_a_dynamic_batch(model: CLIP, strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_module, "MAX_TOKENS", 3 * 17)  # eager mode cuts this batch, the exported model does not
+    batches = ({0: torch.export.Dim(name, min=2, max=2000)} for name in ("images", "texts"))
+    inputs = make_pixels(3), tokenize(["a cat", "a dog", ""])
+    exported = torch.export.export(model, inputs, dynamic_shapes=tuple(batches), strict=strict).module()
+    images, tokens = make_pixels(20), tokenize(TEXTS)
+    assert torch.allclose(exported(images, tokens)[0], model(images, tokens)[0], atol=1e-4)
