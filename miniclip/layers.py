@@ -47,7 +47,10 @@ class Linear(PackedLayer, nn.Linear):
 
 
 class PatchEmbedding(PackedLayer, nn.Conv2d):
-    """A convolution whose stride is its size, without padding: (N, 3, S, S) -> (N, W, grid, grid)."""
+    """A convolution whose stride is its size, without padding: (N, 3, S, S) -> (N, W, grid, grid).
+
+    From the packed copy the result is channels-last in memory: use ``flatten`` or ``reshape`` on it, not ``view``.
+    """
 
     def forward(self, images: Tensor) -> Tensor:
         packed = self.packed
@@ -140,9 +143,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = No
     if q.is_cpu and (q.dtype == torch.bfloat16 or mask is not None):
         # Two products and a softmax: on a CPU faster than the fused call in bfloat16 (0.45 and 0.86 ms for an image of
         # 197 tokens and 12 heads), and with a mask (256 prompts of ViT-B/32 took 244 ms, and take 216 ms).
-        q, k, v = (
-            t.reshape(t.shape[0], n * heads, depth).transpose(0, 1) for t in (q, k, v)
-        )  # (N heads, L, W / heads)
+        # Each is (N heads, L, W / heads).
+        q, k, v = (t.reshape(t.shape[0], n * heads, depth).transpose(0, 1) for t in (q, k, v))
         scores = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=depth**-0.5)
         scores = scores.view(n, heads, queries, keys)
         if causal:

@@ -5,7 +5,7 @@ batch, L the sequence length, W a tower's width, D the width of the joint space 
 
 One token of a sequence becomes its embedding: the class token of an image, the end token of a text. So the last block
 computes that token alone. The block needs the keys and values of all tokens, and nothing else of the other tokens. A
-hook would see these smaller shapes. Therefore a tower in which anything was hooked, patched or replaced computes every
+hook would see these smaller shapes. Therefore a tower in which a module was hooked, patched or replaced computes every
 token, as openai/CLIP does (``is_untouched``).
 """
 
@@ -211,14 +211,8 @@ class CLIP(TextTransformer):
         tower = TextTransformer.__new__(TextTransformer)
         nn.Module.__init__(tower)
         tower.training = self.training
-        for name in (
-            "end_of_text",
-            "transformer",
-            "token_embedding",
-            "positional_embedding",
-            "ln_final",
-            "text_projection",
-        ):
+        tower.end_of_text = self.end_of_text
+        for name in "transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection":
             setattr(tower, name, getattr(self, name))
         return tower
 
@@ -323,14 +317,15 @@ class CLIP(TextTransformer):
         return [position + 1 for *_, position in rows]
 
 
-_EMBED_TOKENS, _TEXT_FORWARD = TextTransformer.embed_tokens, TextTransformer.forward
-layers.OWN_FORWARDS |= {kind: kind.forward for kind in (ResidualAttentionBlock, Transformer, VisionTransformer)}
+_EMBED_TOKENS = TextTransformer.embed_tokens
+_OWN = ResidualAttentionBlock, Transformer, VisionTransformer, TextTransformer
+layers.OWN_FORWARDS |= {kind: kind.forward for kind in _OWN}
 
 
 def is_untouched(tower: VisionTransformer | TextTransformer) -> bool:
     """Whether the tower is as it was built, and fast: nobody sees the shapes that its parts get."""
     causal = isinstance(tower, TextTransformer)
-    if causal and TextTransformer.forward is not _TEXT_FORWARD:
+    if causal and TextTransformer.forward is not layers.OWN_FORWARDS[TextTransformer]:
         return False
     names = "token_embedding", "transformer", "ln_final"
     modules: list[nn.Module | None] = [tower._modules.get(name) for name in names] if causal else [tower]
