@@ -239,7 +239,15 @@ def test_the_program_stops_with_one_line_and_status_1(config: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     "flag",
     [
-        *("--steps=0", "--every=0", "--batch-size=1", "--patch-dropout=1", "--validation=1", "--outlines=2"),
+        *(
+            "--steps=0",
+            "--every=0",
+            "--batch-size=1",
+            "--patch-dropout=1",
+            "--validation=1",
+            "--outlines=2",
+            "--prompts=2",
+        ),
         "--unknown-words=2",
         *("--clip=0", "--learning-rate=-1", "--weight-decay=-1", "--workers=-1", "--warmup=-1", "--seed=9" + 20 * "9"),
     ],
@@ -316,6 +324,46 @@ def test_fine_tuning_starts_from_the_given_weights(shapes: Path, tiny: Path, tmp
     assert done.returncode == 0, done.stderr
     before, after = (load_file(folder / "model.safetensors") for folder in (tiny, tmp_path / "run"))
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in after)
+
+
+def test_a_caption_that_is_true_of_another_image_is_no_wrong_answer_for_it() -> None:
+    cat, dog, car = frozenset({"cat", "animal"}), frozenset({"dog", "animal"}), frozenset({"car", "vehicle"})
+    pair = (torch.zeros(4, 2, 2, dtype=torch.uint8), torch.zeros(3, dtype=torch.int32))
+    batch = pairs.collate([pairs.Pair(*pair, *rest) for rest in (("animal", cat), ("dog", dog), ("vehicle", car))])
+    assert batch is not None
+    assert batch.also_true.tolist() == [[False] * 3, [True, False, False], [False] * 3]
+    # The loss is that of the pairs that remain, written out in float64.
+    torch.manual_seed(0)
+    model = miniclip.CLIP(config_from_dict(make_reference().config.to_dict()))
+    optimise.initialise(model, torch.arange(model.vocab_size))
+    images = torch.randn(3, 3, 32, 32)
+    tokens = miniclip.tokenize(["an animal", "a dog", "a vehicle"], model.context_length)
+    batch = batch._replace(tokens=tokens)
+    with torch.no_grad():
+        logits = model(images, tokens)[0].double()
+        found = optimise.loss_of(model, images, batch, 16, None)
+        plain = optimise.loss_of(model, images, batch._replace(also_true=torch.zeros(3, 3, dtype=torch.bool)), 16, None)
+    rows = [[0, 1, 2], [1, 2], [0, 1, 2]]  # the texts that image i is compared with
+    columns = [[0, 2], [0, 1, 2], [0, 1, 2]]  # the images that text j is compared with
+    of_images = [logits[i, row].logsumexp(0) - logits[i, i] for i, row in enumerate(rows)]
+    of_texts = [logits[column, j].logsumexp(0) - logits[j, j] for j, column in enumerate(columns)]
+    expected = (torch.stack(of_images).mean() + torch.stack(of_texts).mean()) / 2
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
+    assert (plain.double() - expected).abs() > 1e-2
+
+
+def test_prompts_put_a_share_of_the_captions_into_sentences(shapes: Path) -> None:
+    model = miniclip.CLIP(config_from_dict(make_reference().config.to_dict()))
+    captions = {name: texts[:1] for name, texts in pairs.read_captions(shapes).items()}
+    plain = {tuple(miniclip.tokenize(texts[0], model.context_length)[0].tolist()) for texts in captions.values()}
+    for share, least, most in ((0.0, 0, 0), (0.5, 100, 220), (1.0, 290, 320)):  # of 320; one template is the bare name
+        options = argparse.Namespace(data=shapes, seed=0, augment="drawings", unknown_words=0.0, prompts=share)
+        dataset = pairs.Pairs(captions, options, model)
+        drawn = [dataset[step, index] for step in range(10) for index in range(len(captions))]
+        assert least <= sum(tuple(pair.tokens.tolist()) not in plain for pair in drawn) <= most
+    known = set(pairs.known_words(captions, model, prompted=True).tolist())
+    assert all(set(pair.tokens.tolist()) <= known | {0} for pair in drawn)
+    assert not all(set(p.tokens.tolist()) <= set(pairs.known_words(captions, model, False).tolist()) for p in drawn)
 
 
 @pytest.mark.parametrize("batch_size", [4, 7, 16])

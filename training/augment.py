@@ -77,7 +77,9 @@ def _outline(rgba: Tensor, draws: _Draws, share: float) -> Tensor:
 def _move(rgba: Tensor, draws: _Draws) -> Tensor:
     """Shift, scale, stretch and slightly turn each drawing."""
     angle, stretch = draws.uniform(-0.12, 0.12), draws.uniform(-0.1, 0.1)
-    scale = torch.exp(draws.uniform(math.log(0.9), math.log(1.2)))  # of the sampled window: above 1 shrinks the drawing
+    # Of the sampled window: above 1 shrinks the drawing. One in five may become as small as half.
+    largest = torch.where(draws.chance(0.2).flatten(), 2.0, 1.2)
+    scale = torch.exp(draws.uniform(0, 1) * (largest / 0.9).log() + math.log(0.9))
     cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
     slack = 0.06 + (scale - 1).clamp(min=0)  # the largest shift: a smaller drawing may move further
     x = [cos * (1 + stretch), -sin, draws.uniform(-1, 1) * slack]
@@ -91,8 +93,15 @@ def _recolour(rgb: Tensor, alpha: Tensor, draws: _Draws) -> Tensor:
     """Change saturation, contrast and brightness. All are linear, so premultiplied colours stay right."""
     grey = rgb.mean(dim=1, keepdim=True)
     rgb = grey + (rgb - grey) * torch.where(draws.chance(0.1), 0, draws.uniform(0.7, 1.3, 1, 1, 1))
+    rgb = torch.where(draws.chance(0.08), _two_colours(grey, alpha, draws), rgb)
     rgb = rgb * draws.uniform(0.85, 1.15, 3, 1, 1) + alpha * draws.uniform(-0.1, 0.1, 1, 1, 1)
     return torch.minimum(rgb.clamp(min=0), alpha)
+
+
+def _two_colours(grey: Tensor, alpha: Tensor, draws: _Draws) -> Tensor:
+    """Drawings between two random colours, a dark one for black and a light one for white."""
+    dark, light = draws.uniform(0, 0.4, 3, 1, 1), draws.uniform(0.6, 1, 3, 1, 1)
+    return dark * (alpha - grey) + light * grey
 
 
 def _ground(rgb: Tensor, alpha: Tensor, draws: _Draws) -> Tensor:

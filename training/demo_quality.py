@@ -2,10 +2,15 @@
 
     python training/demo_quality.py                     runs emoji_data.py first, if the data does not exist
     python training/demo_quality.py --model runs/mine   measures another model
+    python training/demo_quality.py --model runs/mine --choose   only the set on which settings are chosen
 
-Two sets were never trained on: Twemoji (ordinary colour images) and OpenMoji (thin black outlines, and the same
-drawings in colour). The text vector of an emoji is the mean over several prompts. Their templates were not used in
-training.
+Two sets were never trained on and never used to choose anything: Twemoji (ordinary colour images) and OpenMoji (thin
+black outlines, and the same drawings in colour). Settings are chosen on a third one, Facebook's.
+
+Names: find the right one of all emoji's names. The text vector of a name is the mean over several prompts, whose
+templates were not used in training. Plain nouns: find the right one of the 200 nouns in everyday.txt, by the same
+prompts; and the file names of examples/images as nouns, by the default template of "miniclip classify", among
+themselves and among 100 nouns. The list of nouns was made by emoji_data.py before any training, from Unicode's data.
 """
 
 import argparse
@@ -16,29 +21,32 @@ import math
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
-import emoji_data
 import shared
 import torch
 import torch.nn.functional as F
+from prompts import with_article
 from torch import Tensor
 
 import miniclip
 
 ROOT = Path(__file__).parent.parent
 TEMPLATES = ("an illustration of {}.", "this is {}.", "a sticker showing {}.", "clip art of {}.")
+CHOOSE = {"Facebook": "facebook"}
 SETS = {"Twemoji": "twemoji", "OpenMoji, black": "openmoji-black", "OpenMoji, colour": "openmoji-color"}
+EVERYDAY = Path(__file__).parent / "everyday.txt"
 COLUMNS = ("image→text R@1", "image→text R@5", "text→image R@1", "text→image R@5", "50-way", "10-way")
 
 
 @torch.no_grad()
-def text_features(model: miniclip.CLIP, names: list[str]) -> Tensor:
+def text_features(model: miniclip.CLIP, names: list[str], templates: Sequence[str] = TEMPLATES) -> Tensor:
     """One unit vector per name, (names, D)."""
     total = torch.zeros(len(names), model.config.embed_dim)
-    for template in TEMPLATES:
-        tokens = miniclip.tokenize([template.format(emoji_data.with_article(name)) for name in names])
+    for template in templates:
+        tokens = miniclip.tokenize([template.format(with_article(name)) for name in names])
         total += torch.cat([F.normalize(model.encode_text(part).float(), dim=1) for part in tokens.split(256)])
     return F.normalize(total, dim=1)
 
@@ -98,48 +106,79 @@ def entries_of(folder: Path) -> dict[str, str]:
 
 
 def measure_sets(
-    model: miniclip.CLIP, preprocess: miniclip.Preprocess, names: list[str], data: Path
+    model: miniclip.CLIP, preprocess: miniclip.Preprocess, names: list[str], data: Path, sets: dict[str, str]
 ) -> dict[str, dict[str, float]]:
     """The rows of the table, by title."""
     texts = text_features(model, names)
+    nouns = EVERYDAY.read_text(encoding="utf-8").split()
+    noun_texts = text_features(model, nouns)
     table = {}
-    for title, folder in SETS.items():
+    for title, folder in sets.items():
         entries = entries_of(data / folder)
         if strange := set(entries.values()) - set(names):
             raise SystemExit(f"{data / folder} has captions that names.txt lacks, such as {strange.pop()!r}")
         images = image_features(model, preprocess, [data / folder / name for name in entries])
         right = torch.tensor([names.index(name) for name in entries.values()])
         table[title] = {"images": len(entries), **measure(images, texts, right)}
+        plain = [(index, nouns.index(name)) for index, name in enumerate(entries.values()) if name in nouns]
+        if plain:
+            rows, columns = torch.tensor(plain).T
+            table[title]["plain nouns"] = recall(ranks(images[rows] @ noun_texts.T, columns), 1)
     return table
+
+
+def measure_samples(model: miniclip.CLIP, preprocess: miniclip.Preprocess) -> dict[str, int]:
+    """How many sample images are found by their file name as a noun, among so many nouns."""
+    paths = sorted(shared.IMAGES.glob("*.png"))
+    nouns = [path.stem for path in paths]
+    others = [noun for noun in EVERYDAY.read_text(encoding="utf-8").split() if noun not in nouns]
+    texts = text_features(model, nouns + others, ("a photo of a {}.",))
+    similarity = image_features(model, preprocess, paths) @ texts.T
+    right = torch.arange(len(paths))
+    found = {len(paths): ranks(similarity[:, : len(paths)], right), 100: ranks(similarity[:, :100], right)}
+    return {"images": len(paths)} | {f"among {count}": int((rank == 1).sum()) for count, rank in found.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="a name, path or Hub repository (default: demo)")
     parser.add_argument("--data", type=Path, default=ROOT / "emoji", help="from emoji_data.py (default: emoji)")
+    parser.add_argument("--choose", action="store_true", help="measure only the set on which settings are chosen")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     options = parser.parse_args()
 
     if options.json and not options.json.resolve().parent.is_dir():
         raise SystemExit(f"there is no folder {options.json.resolve().parent}")
-    if any(not (options.data / folder / "captions.csv").is_file() for folder in SETS.values()):
+    sets = CHOOSE if options.choose else CHOOSE | SETS
+    if any(not (options.data / folder / "captions.csv").is_file() for folder in sets.values()):
         command = [sys.executable, str(Path(__file__).parent / "emoji_data.py"), str(options.data)]
         if subprocess.run(command, check=False).returncode:
             raise SystemExit(f"{options.data} has no data to measure with, and emoji_data.py could not make it")
     model, preprocess = miniclip.load(options.model, "cpu", dtype=torch.float32)
     names = (options.data / "names.txt").read_text(encoding="utf-8").splitlines()
-    table = measure_sets(model, preprocess, names, options.data)
+    table = measure_sets(model, preprocess, names, options.data, sets)
 
     print(f"{options.model}: {len(names):,} emoji, {len(TEMPLATES)} templates\n")
-    print(f"| never seen in training | images | {' | '.join(COLUMNS)} |")
-    print(f"|---|---|{'---|' * len(COLUMNS)}")
+    columns = [*COLUMNS, "plain nouns"]
+    print(f"| never seen in training | images | {' | '.join(columns)} |")
+    print(f"|---|---|{'---|' * len(columns)}")
     for title, values in table.items():
-        numbers = " | ".join(f"{values[column]:.1%}" for column in COLUMNS)
+        numbers = " | ".join(f"{values[column]:.1%}" if column in values else "" for column in columns)
         print(f"| {title} | {values['images']:,} | {numbers} |")
+    samples = {} if options.choose else measure_samples(model, preprocess)
+    if samples:
+        found = ", ".join(f"{count} {title}" for title, count in samples.items() if title != "images")
+        print(f"\n{samples['images']} sample images by one plain noun each: {found}")
     if options.json:
         versions = {"python": platform.python_version(), "torch": torch.__version__, "miniclip": miniclip.__version__}
         result = {"date": str(date.today()), "model": options.model, "parameters_sha256": checksum(model)}
-        result |= {"versions": versions, "entries": len(names), "templates": TEMPLATES, "sets": table}
+        result |= {
+            "versions": versions,
+            "entries": len(names),
+            "templates": TEMPLATES,
+            "sets": table,
+            "samples": samples,
+        }
         options.json.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

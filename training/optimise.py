@@ -5,6 +5,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from pairs import Batch
 from torch import Tensor, nn
 
 import miniclip
@@ -76,10 +77,11 @@ def encode_some_patches(visual: VisionTransformer, images: Tensor, keep: int, ge
     return visual.ln_post(x[0]) @ visual.proj
 
 
-def loss_of(
-    model: miniclip.CLIP, images: Tensor, tokens: Tensor, keep: int, generator: torch.Generator | None
-) -> Tensor:
-    """The contrastive loss of N normalised images (N, 3, S, S) and their captions (N, L), a scalar.
+def loss_of(model: miniclip.CLIP, images: Tensor, batch: Batch, keep: int, generator: torch.Generator | None) -> Tensor:
+    """The contrastive loss of a batch with normalised images (N, 3, S, S), a scalar.
+
+    A caption that is true of another image as well, such as "an animal", is no wrong answer for that image. These
+    pairs are left out of both sums of the loss.
 
     With a generator the image tower sees ``keep`` patches only. Without one, as in validation, it sees all of them.
     """
@@ -88,9 +90,10 @@ def loss_of(
     else:
         image_features = model.encode_image(images)
     image_features = F.normalize(image_features.float(), dim=1)
-    text_features = F.normalize(model.encode_text(tokens).float(), dim=1)
+    text_features = F.normalize(model.encode_text(batch.tokens).float(), dim=1)
     with torch.autocast(images.device.type, enabled=False):  # half precision is too coarse for logits near 100
-        return miniclip.contrastive_loss(model.logit_scale.exp() * image_features @ text_features.T)
+        logits = model.logit_scale.exp() * image_features @ text_features.T
+        return miniclip.contrastive_loss(logits.masked_fill(batch.also_true, -torch.inf))
 
 
 def mixed_precision(device: torch.device) -> torch.dtype | None:

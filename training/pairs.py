@@ -5,7 +5,9 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import prompts
 import shared
 import torch
 import torch.nn.functional as F
@@ -16,8 +18,26 @@ from torch.utils.data import Dataset, Sampler
 import miniclip
 
 Captions = dict[str, list[str]]  # an image's path within the folder -> its captions, the first of which is its concept
-Pair = tuple[Tensor, Tensor]  # RGBA pixels (4, S, S) uint8 and token ids (L,)
-Batch = tuple[Tensor, Tensor]  # RGBA pixels (N, 4, S, S) uint8 and token ids (N, L)
+
+
+class Pair(NamedTuple):
+    """An image and one of its captions."""
+
+    pixels: Tensor  # RGBA (4, S, S) uint8
+    tokens: Tensor  # (L,) token ids
+    caption: str  # as captions.csv has it
+    truths: frozenset[str]  # all captions of the image's concept
+
+
+class Batch(NamedTuple):
+    """N pairs."""
+
+    pixels: Tensor  # RGBA (N, 4, S, S) uint8
+    tokens: Tensor  # (N, L) token ids
+    also_true: Tensor  # (N, N) bool: the caption of column j is true of image i as well, though it is another pair's
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
 def read_captions(folder: Path) -> Captions:
@@ -41,15 +61,17 @@ def split(captions: Captions, validation: float, seed: int) -> tuple[Captions, C
     return training, {name: texts for name, texts in captions.items() if name in held_out}
 
 
-def known_words(captions: Captions, model: miniclip.CLIP) -> Tensor:
-    """The ids of all tokens that occur in a caption, (K,) int64."""
+def known_words(captions: Captions, model: miniclip.CLIP, prompted: bool) -> Tensor:
+    """The ids of all tokens that occur in a caption or, if the captions are prompted, in a prompt, (K,) int64."""
     texts = sorted({text for group in captions.values() for text in group})
+    if prompted:
+        texts += [template.format(name="", a=article) for template in prompts.TEMPLATES for article in ("a", "an")]
     return miniclip.tokenize(texts, model.context_length, truncate=True).long().unique()
 
 
-def unknown_words(captions: Captions, model: miniclip.CLIP) -> Tensor:
+def unknown_words(captions: Captions, model: miniclip.CLIP, prompted: bool) -> Tensor:
     """The ids of all other tokens, (vocabulary - K,) int64."""
-    known = known_words(captions, model)
+    known = known_words(captions, model, prompted)
     return torch.ones(model.vocab_size, dtype=torch.bool).index_fill(0, known, False).nonzero()[:, 0]
 
 
@@ -72,23 +94,35 @@ class Pairs(Dataset[Pair | None]):
         self.seed, self.crops = options.seed, options.augment == "photos"
         self.size, self.context_length = model.config.vision.image_size, model.context_length
         self.unknown, self.unknown_share = unknown, options.unknown_words
+        self.prompts: float = options.prompts
         self.reported: set[str] = set()
+        self.decoded: dict[str, Tensor] = {}  # drawings are small, and each is used many times
+        truths: dict[str, set[str]] = {}
+        for texts in self.captions:
+            truths.setdefault(texts[0], set()).update(texts)
+        self.truths = {concept: frozenset(texts) for concept, texts in truths.items()}
 
     def __getitem__(self, key: tuple[int, int]) -> Pair | None:
         """The pair, or None if the image cannot be read."""
         step, index = key
         name, rng = self.names[index], random.Random(f"{self.seed} {step} {index}")
         try:
-            pixels = open_square(self.folder / name, self.size, rng if self.crops and step >= 0 else None)
+            pixels = self.decoded.get(name)
+            if pixels is None:
+                pixels = open_square(self.folder / name, self.size, rng if self.crops and step >= 0 else None)
+            if not self.crops:
+                self.decoded[name] = pixels
         except miniclip.ImageError as error:
             if name not in self.reported:
                 self.reported.add(name)
                 print(f"\ntrain.py: left out: {error}", file=sys.stderr, flush=True)
             return None
-        tokens = miniclip.tokenize(rng.choice(self.captions[index]), self.context_length, truncate=True)[0]
+        caption = rng.choice(self.captions[index])
+        text = prompts.sentence(caption, rng) if rng.random() < self.prompts else caption
+        tokens = miniclip.tokenize(text, self.context_length, truncate=True)[0]
         if self.unknown and rng.random() < self.unknown_share:
             tokens = with_unknown_words(tokens, self.unknown, rng)
-        return pixels, tokens
+        return Pair(pixels, tokens, caption, self.truths[self.captions[index][0]])
 
 
 def open_square(path: Path, size: int, rng: random.Random | None) -> Tensor:
@@ -126,8 +160,9 @@ def collate(pairs: list[Pair | None]) -> Batch | None:
     readable = [pair for pair in pairs if pair is not None]
     if len(readable) < 2:
         return None
-    pixels, tokens = zip(*readable)
-    return torch.stack(pixels), torch.stack(tokens)
+    pixels, tokens, captions, truths = zip(*readable)
+    also_true = torch.tensor([[caption in known for caption in captions] for known in truths])
+    return Batch(torch.stack(pixels), torch.stack(tokens), also_true.fill_diagonal_(False))
 
 
 class Batches(Sampler[list[tuple[int, int]]]):

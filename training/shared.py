@@ -5,6 +5,6 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 
-from common import main, needs, read_captions
+from common import IMAGES, main, needs, read_captions
 
-__all__ = ["main", "needs", "read_captions"]
+__all__ = ["IMAGES", "main", "needs", "read_captions"]

@@ -1,7 +1,7 @@
 """Train a CLIP, from scratch or from given weights, as in section 2 of the paper (arXiv:2103.00020).
 
     python training/emoji_data.py emoji
-    python training/train.py emoji/train runs/demo --half               makes the model that load("demo") gives
+    python training/train.py emoji/train runs/demo --half --prompts 0.5 makes the model that load("demo") gives
     python training/train.py my_images runs/mine --config ViT-B/16 --augment photos --batch-size 1024 --steps 50000
     python training/train.py my_images runs/tuned --init ViT-B/32 --augment photos --learning-rate 1e-5
 
@@ -15,6 +15,7 @@ import argparse
 import copy
 import json
 import signal
+from collections.abc import Iterable
 from pathlib import Path
 
 import augment
@@ -57,7 +58,11 @@ def train(options: argparse.Namespace) -> None:
     optimiser = optimise.optimiser_for(model, options)
     step = folder.resume(model, optimiser) if options.resume else 0
 
-    unknown = pairs.unknown_words(captions, model) if options.unknown_words else torch.zeros(0, dtype=torch.long)
+    unknown = (
+        pairs.unknown_words(captions, model, options.prompts > 0)
+        if options.unknown_words
+        else torch.zeros(0, dtype=torch.long)
+    )
     batches = training_batches(training, options, model, unknown, start=step)
     held_out = validation_batch(validation, options, model)
     trainer = Trainer(model, preprocess, optimiser, unknown.to(device), options)
@@ -108,7 +113,7 @@ def new_model(
     else:
         model = miniclip.CLIP(architecture(options.config)).to(device)
         preprocess = miniclip.Preprocess(size=model.config.vision.image_size)
-        optimise.initialise(model, pairs.known_words(captions, model).to(device))
+        optimise.initialise(model, pairs.known_words(captions, model, options.prompts > 0).to(device))
     model.requires_grad_(True).train()
     return model, preprocess
 
@@ -133,7 +138,7 @@ def architecture(name: str) -> CLIPConfig:
 
 def training_batches(
     captions: Captions, options: argparse.Namespace, model: miniclip.CLIP, unknown: Tensor, start: int
-) -> DataLoader[Batch | None]:
+) -> Iterable[Batch | None]:
     """The batches of the steps from ``start`` on, decoded by --workers processes."""
     return DataLoader(
         pairs.Pairs(captions, options, model, unknown.tolist()),
@@ -180,13 +185,13 @@ class Trainer:
         if batch is None:
             raise SystemExit(f"fewer than two images of a batch of {options.batch_size} could be read")
         self.generator.manual_seed(options.seed * 1_000_003 + number)
-        pixels, tokens = (tensor.to(model.device, non_blocking=True) for tensor in batch)
-        images = augment.normalise(self.augmented(number, pixels), self.preprocess)
+        batch = batch.to(model.device)
+        images = augment.normalise(self.augmented(number, batch.pixels), self.preprocess)
         keep = optimise.patches_to_keep(number, self.patches, options)
         for group in self.optimiser.param_groups:
             group["lr"] = optimise.learning_rate(number, options)
         with torch.autocast(model.device.type, self.dtype, enabled=self.dtype is not None):
-            loss = optimise.loss_of(model, images, tokens, keep, self.generator)
+            loss = optimise.loss_of(model, images, batch, keep, self.generator)
         if not loss.isfinite():
             raise SystemExit(f"the loss of step {number} is {loss.item()}: try a smaller --learning-rate")
         self.optimiser.zero_grad()
@@ -214,9 +219,9 @@ class Trainer:
         """The loss on held-out images, plain and whole."""
         if batch is None:
             return None
-        pixels, tokens = (tensor.to(self.model.device) for tensor in batch)
-        images = augment.normalise(augment.on_white(pixels), self.preprocess)
-        return optimise.loss_of(self.model, images, tokens, self.patches, None).item()
+        batch = batch.to(self.model.device)
+        images = augment.normalise(augment.on_white(batch.pixels), self.preprocess)
+        return optimise.loss_of(self.model, images, batch, self.patches, None).item()
 
 
 # -- signals ----------------------------------------------------------------------------------------------------------
@@ -271,6 +276,12 @@ def parse_arguments() -> argparse.Namespace:
         help="share of captions into which words are put that occur in no caption, so that a model trained from "
         "scratch learns to ignore them (default: 0.3, and 0 with --init, where every word may have a meaning)",
     )
+    parser.add_argument(
+        "--prompts",
+        type=float,
+        default=0.0,
+        help="share of captions put into a sentence such as 'a photo of {a}', for captions that are names (default: 0)",
+    )
     parser.add_argument("--validation", type=float, default=0.03, help="share of images held out (default: 0.03)")
     parser.add_argument("--every", type=int, default=100, help="steps between saved states (default: 100)")
     parser.add_argument("--seed", type=int, default=0)
@@ -294,8 +305,8 @@ def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error("--workers and --warmup must be at least 0, and --seed must fit into 64 bits")
     if options.steps < 1 or options.every < 1 or options.batch_size < 2:
         parser.error("--steps and --every must be at least 1, --batch-size at least 2: one pair has no contrast")
-    if not (0 <= options.outlines <= 1 and 0 <= options.unknown_words <= 1):
-        parser.error("--outlines and --unknown-words are shares from 0 to 1")
+    if not all(0 <= share <= 1 for share in (options.outlines, options.unknown_words, options.prompts)):
+        parser.error("--outlines, --unknown-words and --prompts are shares from 0 to 1")
     if not (0 <= options.patch_dropout < 1 and 0 <= options.validation < 1):
         parser.error("--patch-dropout and --validation are shares from 0 to below 1")
 
