@@ -68,7 +68,7 @@ def draw(matrix: torch.Tensor, images: list[Image.Image], captions: list[str], p
     figure = plt.figure(figsize=(width, height), dpi=160)
     axes = figure.add_axes((LABELS / width, MARGIN / height, CELL * columns / width, CELL * rows / height))
     low, high = matrix.min().item(), matrix.max().item()
-    cells = axes.imshow(matrix, cmap="viridis", vmin=low, vmax=high)
+    cells = axes.imshow(matrix.numpy(), cmap="viridis", vmin=low, vmax=high)
     best = matrix.argmax(dim=0).tolist()
     for row in range(rows):
         for column in range(columns):
