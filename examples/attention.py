@@ -1,7 +1,11 @@
 """Draw where the image encoder looked for a prompt: the image, and beside it one heat map per prompt.
 
-    python examples/attention.py                                        the demo model on three sample images
-    python examples/attention.py photo.jpg "a dog" "a frisbee" --out frisbee.png
+    python examples/attention.py                                        the demo model on the sample images
+    python examples/attention.py photo.jpg "a dog" "a frisbee" --model ViT-B/32 --out frisbee.png
+
+Without arguments a rule chooses what is shown. The prompt of each sample image is the plain noun that is its file's
+name, such as "cat" for cat.png. Every image is shown whose cosine with this prompt is positive, and the others are
+printed. With your own image, all prompts are shown.
 
 The maps are the transformer attributions of Chefer, Gur and Wolf (arXiv:2103.15679, section 3). Raw attention is the
 same for all prompts; an attribution is not. In every block, each attention probability is multiplied by its gradient:
@@ -38,14 +42,12 @@ with common.needs("examples"):
 
 plt.rcParams["text.parse_math"] = False  # a prompt may contain dollar signs
 
-SAMPLES = {
-    "cat.png": ("a cat", "a red heart"),
-    "house.png": ("a house", "a tree"),
-    "sailboat.png": ("a boat", "water"),
-}
 DRAWN = 512  # the least side of a drawn image, in pixels
-COLOURS = "OrRd"  # light at zero, and readable in print
-SIDE, GAP, TITLE, MARGIN = 2.3, 0.12, 0.42, 0.1  # inches
+COLOURS = "RdPu"  # its darker half, because its pale one would wash out the colours of the image
+OPACITY = 0.85  # of the most relevant place: the image still shows through
+COLUMNS = 6  # three sample images, each with its map
+LETTERS = 22  # in a line above a panel
+SIDE, GAP, TITLE, LINE, MARGIN, BAR_LABELS = 1.7, 0.12, 0.28, 0.17, 0.1, 0.65  # inches
 
 
 def attention_probabilities(attention: MultiheadAttention, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,71 +111,106 @@ def seen_square(preprocess: miniclip.Preprocess, image: Image.Image) -> np.ndarr
     return (pixels * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
 
 
+def blend(square: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """Lay the heat over an image. Without heat the image keeps its colours; more heat covers more of it.
+
+    Args:
+        square: the image, (..., 3) from 0 to 1.
+        heat: (...), from 0 to 1.
+
+    Returns:
+        (..., 3) from 0 to 1.
+    """
+    alpha: np.ndarray = OPACITY * heat[..., None]
+    colour: np.ndarray = plt.get_cmap(COLOURS)(0.5 + 0.5 * heat)[..., :3]
+    blended: np.ndarray = (1 - alpha) * square + alpha * colour
+    return blended.clip(0, 1)  # rounding may exceed 1
+
+
 def overlay(square: np.ndarray, heat: Tensor) -> np.ndarray:
-    """The map, enlarged with bicubic interpolation, over a pale grey version of the image."""
+    """The map (grid, grid), enlarged with bicubic interpolation, over the image (side, side, 3)."""
     side = len(square)
     heat = F.interpolate(heat[None, None], size=(side, side), mode="bicubic", align_corners=False)[0, 0].clamp(0, 1)
-    grey = 0.5 + 0.5 * square @ np.array([0.299, 0.587, 0.114])
-    colour: np.ndarray = plt.get_cmap(COLOURS)(heat.numpy())[..., :3]
-    return grey[..., None] * colour
+    return blend(square, heat.numpy())
 
 
-Row = tuple[np.ndarray, Sequence[str], Tensor, Tensor]  # an image's square, its prompts, their maps, their cosines
+Panel = tuple[np.ndarray, str]  # an image (side, side, 3) from 0 to 1, and the words above it
 
 
-def draw(rows: Sequence[Row], path: Path) -> None:
-    """One row per image: the square that the model saw, then the map of each prompt. One colour bar for all."""
-    columns = 1 + max(len(prompts) for _, prompts, _, _ in rows)
-    width = MARGIN + columns * (SIDE + GAP) + 0.75
-    height = len(rows) * (TITLE + SIDE + GAP)
-    figure = plt.figure(figsize=(width, height), dpi=220)
+def panels(name: str, square: np.ndarray, prompts: Sequence[str], maps: Tensor, cosines: Tensor) -> list[Panel]:
+    """The square that the model saw, under the name of its file, then an overlay for each prompt."""
+    shown = [(square, short(name))]
+    for prompt, heat, cosine in zip(prompts, maps, cosines.tolist()):
+        shown.append((overlay(square, heat), f"{short(prompt)}\ncosine {common.two_decimals(cosine)}"))
+    return shown
 
-    def panel(row: int, column: int, image: np.ndarray, words: str) -> None:
-        x, y = MARGIN + column * (SIDE + GAP), height - (row + 1) * (TITLE + SIDE) - row * GAP
+
+def short(words: str) -> str:
+    """The words on at most three lines, each no wider than a panel."""
+    return "\n".join(textwrap.wrap(words, LETTERS, max_lines=3, placeholder=" …"))
+
+
+def draw(shown: Sequence[Panel], columns: int, path: Path) -> None:
+    """Draw the panels row by row, ``columns`` in a row, and one colour bar for all."""
+    columns = min(columns, len(shown))
+    rows = -(-len(shown) // columns)
+    title = TITLE + LINE * max(words.count("\n") for _, words in shown)
+    width, height = MARGIN + columns * (SIDE + GAP) + BAR_LABELS, rows * (title + SIDE + GAP)
+    figure = plt.figure(figsize=(width, height), dpi=160)
+    for index, (image, words) in enumerate(shown):
+        row, column = divmod(index, columns)
+        x, y = MARGIN + column * (SIDE + GAP), height - (row + 1) * (title + SIDE) - row * GAP
         axes = figure.add_axes((x / width, y / height, SIDE / width, SIDE / height))
         axes.imshow(image, interpolation="lanczos")
         axes.set_xticks([])
         axes.set_yticks([])
         axes.spines[:].set(color="0.6", linewidth=0.6)
         axes.set_title(words, fontsize=10, pad=4, linespacing=1.15)
-
-    for row, (square, prompts, maps, cosines) in enumerate(rows):
-        panel(row, 0, square, "" if row else "what the model saw")
-        for column, (prompt, heat, cosine) in enumerate(zip(prompts, maps, cosines), start=1):
-            words = textwrap.fill(textwrap.shorten(prompt, 60, placeholder=" …"), 32)
-            number = f"{cosine:z.2f}".replace("-", "−")
-            panel(row, column, overlay(square, heat), f"{words}\ncosine {number}")
     x = MARGIN + columns * (SIDE + GAP)
-    bar = figure.add_axes((x / width, GAP / height, 0.12 / width, (height - TITLE - GAP) / height))
-    colours = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, 1), COLOURS)
-    figure.colorbar(colours, cax=bar, ticks=[0, 0.5, 1]).set_label("relevance, divided by its maximum", fontsize=9)
+    bar = figure.add_axes((x / width, GAP / height, 0.12 / width, (height - title - GAP) / height))
+    ramp = blend(np.ones((256, 3)), np.linspace(0, 1, 256))  # what the heat looks like on white
+    colours = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, 1), matplotlib.colors.ListedColormap(ramp))
+    figure.colorbar(colours, cax=bar, ticks=[0, 0.5, 1]).set_label("relevance / its maximum", fontsize=9)
     bar.tick_params(labelsize=9)
-    figure.savefig(path, facecolor="white", bbox_inches="tight")  # a title of three lines is not cut off
+    figure.savefig(path, facecolor="white", bbox_inches="tight")  # a long title is not cut off
     plt.close(figure)
+
+
+def sample_prompts() -> dict[Path, list[str]]:
+    """For each sample image one prompt: the plain noun that is its file's name, such as "cat" for cat.png."""
+    return {common.IMAGES / name: [Path(name).stem.replace("_", " ")] for name in common.read_captions(common.IMAGES)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("image", type=Path, nargs="?", help="an image file (default: sample images)")
     parser.add_argument("prompts", nargs="*", metavar="prompt", help="what to look for in the image")
-    parser.add_argument("--model", help="a name, path or Hub repository")
+    parser.add_argument("--model", help=common.MODEL_HELP)
     parser.add_argument("--out", type=Path, default=Path("attention.png"), help="the PNG (default: attention.png)")
     options = parser.parse_args()
 
     common.check_figure_path(options.out)
     if options.image is not None and not options.prompts:
         raise SystemExit(f"say what to look for in {options.image}: give one or more prompts after it")
-    samples = {common.IMAGES / name: prompts for name, prompts in SAMPLES.items()}
-    wanted = samples if options.image is None else {options.image: options.prompts}
-    images = [miniclip.open_image(path) for path in wanted]
     name = common.model_name(options.model, own_images=options.image is not None)
+    wanted = sample_prompts() if options.image is None else {options.image: options.prompts}
+    images = [miniclip.open_image(path) for path in wanted]
     model, preprocess = miniclip.load(name, dtype=torch.float32)  # float16 would round small gradients to 0
 
-    rows = []
-    for image, prompts in zip(images, wanted.values()):
-        rows.append((seen_square(preprocess, image), prompts, *heat_maps(model, preprocess(image), prompts)))
-    draw(rows, options.out)
-    print(f"{options.out}: {sum(len(prompts) for prompts in wanted.values())} heat maps")
+    shown: list[Panel] = []
+    left_out = []
+    for image, (path, prompts) in zip(images, wanted.items()):
+        maps, cosines = heat_maps(model, preprocess(image), prompts)
+        if options.image is None and not cosines[0] > 0:
+            left_out.append(f"{prompts[0]} ({common.two_decimals(cosines[0].item())})")
+        else:
+            shown += panels(path.name, seen_square(preprocess, image), prompts, maps, cosines)
+    if not shown:
+        raise SystemExit("no sample image has a positive cosine with its noun, so there is nothing to show")
+    draw(shown, COLUMNS, options.out)
+    print(f"{options.out}: {sum(map(len, wanted.values())) - len(left_out)} heat maps")
+    if left_out:
+        print(f"left out, because the cosine is not positive: {', '.join(left_out)}")
 
 
 if __name__ == "__main__":

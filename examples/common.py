@@ -31,12 +31,27 @@ with needs("examples"):
 IMAGES = Path(__file__).parent / "images"
 
 
+MODEL_HELP = "a name, path or Hub repository (default: demo, and only for the sample images)"
+
+
 def model_name(given: str | None, own_images: bool) -> str:
-    """The name of the model to load: the given one, else ViT-B/32 for the user's images and demo for the samples."""
+    """The name of the model to load: the given one, else demo for the sample images.
+
+    There is no default for other images: the demo would guess at them, and a real model is a large download.
+
+    Args:
+        given: what ``--model`` says, if anything.
+        own_images: whether the images are the user's, not the samples.
+
+    Raises:
+        SystemExit: if no model is given for the user's images. The sentence names two.
+    """
     if given:
         return given
     if own_images:
-        return "ViT-B/32"
+        raise SystemExit(
+            "say which model: --model demo, which knows emoji only, or --model ViT-B/32, a download of 605 MB"
+        )
     print("the demo model on examples/images; use --model ViT-B/32 for a real one", file=sys.stderr)
     return "demo"
 
@@ -78,6 +93,11 @@ def read_captions(folder: Path) -> dict[str, list[str]]:
     if absent := [name for name in captions if not os.path.isfile(folder / name)]:
         raise SystemExit(f"{path} lists {len(absent)} images that do not exist, the first is {absent[0]}")
     return captions
+
+
+def two_decimals(value: float) -> str:
+    """A number for a figure: with a real minus sign, and 0.00 for whatever rounds to zero, never -0.00."""
+    return f"{value:z.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 def check_figure_path(path: Path) -> None:

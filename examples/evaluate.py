@@ -2,7 +2,7 @@
 
     python examples/evaluate.py                                the demo model on examples/images
     python examples/evaluate.py cifar10 --model ViT-B/32       downloaded from the Hub, shard by shard
-    python examples/evaluate.py my_images                      my_images/cat/*.jpg, my_images/hot_dog/*.jpg, …
+    python examples/evaluate.py my_images --model ViT-B/32     my_images/cat/*.jpg, my_images/hot_dog/*.jpg, …
 
 The Hub has the test sets of LAION's CLIP_benchmark: imagenet1k (several GB), cifar10, cifar100, stl10 and food101. Any
 other is read by its full name, such as clip-benchmark/wds_sun397. These data sets come with class names and templates.
@@ -250,7 +250,7 @@ def published(model: str, data: DataSet) -> float | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", nargs="?", help="a folder, a name or a Hub data set (default: examples/images)")
-    parser.add_argument("--model", help="a name, path or Hub repository")
+    parser.add_argument("--model", help=common.MODEL_HELP)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda if available)")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16", "float64"])
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images per batch (default: 64)")
@@ -260,8 +260,8 @@ def main() -> None:
     if options.batch_size < 1 or (options.limit is not None and options.limit < 1):
         parser.error("--batch-size and --limit must be at least 1")
 
-    data = open_data_set(options.dataset or str(common.IMAGES))
     name = common.model_name(options.model, own_images=options.dataset is not None)
+    data = open_data_set(options.dataset or str(common.IMAGES))
     dtype = getattr(torch, options.dtype) if options.dtype else None
     model, preprocess = miniclip.load(name, options.device, dtype=dtype)
     print(f"{len(data.classes)} classes with {len(data.templates)} prompts each", file=sys.stderr)

@@ -1,8 +1,8 @@
 """Linear probe: a logistic regression on frozen image features, compared with zero-shot classification.
 
-    python examples/linear_probe.py                    the demo model on altered copies of examples/images
-    python examples/linear_probe.py my_images          my_images/cat/*.jpg, my_images/dog/*.jpg, …
-    python examples/linear_probe.py my_images --sweep
+    python examples/linear_probe.py                               the demo model on altered copies of examples/images
+    python examples/linear_probe.py my_images --model ViT-B/32    my_images/cat/*.jpg, my_images/dog/*.jpg, …
+    python examples/linear_probe.py my_images --model ViT-B/32 --sweep
 
 Every subfolder is a class. If my_images/train and my_images/test exist, they are the split. Otherwise a fifth of each
 class, drawn with --seed, is the test set.
@@ -162,13 +162,14 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", help="a folder with one subfolder of images per class")
     parser.add_argument("--sweep", action="store_true", help="choose C on a fifth of the training images")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random choices (default: 0)")
-    parser.add_argument("--model", help="a name, path or Hub repository")
+    parser.add_argument("--model", help=common.MODEL_HELP)
     options = parser.parse_args()
     import sklearn  # noqa: F401  a missing package is reported before the features are computed
 
+    name = common.model_name(options.model, own_images=options.folder is not None)
     rng = random.Random(options.seed)
     examples = listed(options.folder) if options.folder is not None else None
-    model, preprocess = miniclip.load(common.model_name(options.model, own_images=options.folder is not None))
+    model, preprocess = miniclip.load(name)
     if examples is not None:
         train, train_labels, test, test_labels = read(examples, model, preprocess, rng)
         template = "a photo of a {}."

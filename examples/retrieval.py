@@ -1,13 +1,13 @@
 """Search captions by image and images by caption. Measures recall@1, @5 and @10 in both directions.
 
-    python examples/retrieval.py                                  the demo model on examples/images
-    python examples/retrieval.py my_images                        my_images/captions.csv has the columns image,caption
-    python examples/retrieval.py my_images --query "a red car"    the images that match these words best
+    python examples/retrieval.py                                   the demo model on examples/images
+    python examples/retrieval.py my_images --model ViT-B/32
+    python examples/retrieval.py my_images --model ViT-B/32 --query "a red car"    the images that match best
 
-An image may have several captions, as in Flickr30k and COCO, each in a row of its own. An image counts as a hit if any
-of its captions is among the k captions nearest to it. A caption counts as a hit if its image is among the k images
-nearest to it. Ties count against the model, so a model that gives everything the same score has no hits. Captions
-longer than the model's context are truncated.
+my_images/captions.csv has the columns image,caption. An image may have several captions, as in Flickr30k and COCO,
+each in a row of its own. An image counts as a hit if any of its captions is among the k captions nearest to it. A
+caption counts as a hit if its image is among the k images nearest to it. Ties count against the model, so a model that
+gives everything the same score has no hits. Captions longer than the model's context are truncated.
 """
 
 import argparse
@@ -113,14 +113,15 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", help="images with a captions.csv (default: examples/images)")
     parser.add_argument("--query", help="print the images that match these words best, instead of the recalls")
     parser.add_argument("--batch-size", type=int, default=32, help="images or captions per batch (default: 32)")
-    parser.add_argument("--model", help="a name, path or Hub repository")
+    parser.add_argument("--model", help=common.MODEL_HELP)
     options = parser.parse_args()
     if options.batch_size < 1:
         parser.error("--batch-size must be at least 1")
 
+    name = common.model_name(options.model, own_images=options.folder is not None)
     folder = options.folder or common.IMAGES
     captions_of = common.read_captions(folder)
-    model, preprocess = miniclip.load(common.model_name(options.model, own_images=options.folder is not None))
+    model, preprocess = miniclip.load(name)
     paths = [folder / name for name in captions_of]
     images, kept = encode_images(model, preprocess, paths, options.batch_size)
     names = [list(captions_of)[index] for index in kept]

@@ -10,9 +10,8 @@ import common
 import numpy as np
 import pytest
 import torch
-from helpers import run_script
 from PIL import Image
-from scripts import refusal
+from scripts import is_clipped, refusal, run_here, watch_figures
 
 import miniclip
 
@@ -116,18 +115,74 @@ def test_the_drawn_square_is_the_one_the_model_sees() -> None:
     )
 
 
-@pytest.mark.slow
-def test_a_figure_has_one_map_per_prompt(tiny: Path, tmp_path: Path) -> None:
+def test_the_overlay_keeps_the_colours_of_the_image() -> None:
+    square = np.random.default_rng(0).random((64, 64, 3))
+    np.testing.assert_allclose(attention.overlay(square, torch.zeros(4, 4)), square)
+    # Under half of the heat two colours still differ by their own difference, only smaller: nothing turns grey.
+    other = np.random.default_rng(1).random((64, 64, 3))
+    half = torch.full((4, 4), 0.5)
+    difference = attention.overlay(square, half) - attention.overlay(other, half)
+    np.testing.assert_allclose(difference, (1 - attention.OPACITY / 2) * (square - other), atol=1e-6)
+    heat = torch.zeros(4, 4)
+    heat[0, 0] = 1
+    change = np.abs(attention.overlay(square, heat) - square).mean(axis=2)
+    assert change[:8, :8].mean() > 0.2
+    assert change[32:, 32:].max() < 0.01  # far from the heat
+
+
+def test_more_heat_is_darker_on_white() -> None:
+    ramp = attention.blend(np.ones((64, 3)), np.linspace(0, 1, 64)) @ np.array([0.299, 0.587, 0.114])
+    assert ramp[0] == pytest.approx(1)
+    assert (np.diff(ramp) < 0).all()
+
+
+def test_the_prompts_of_the_samples_are_the_names_of_their_files() -> None:
+    prompts = attention.sample_prompts()
+    assert len(prompts) == len(list(common.IMAGES.glob("*.png"))) == 12
+    assert prompts[common.IMAGES / "cat.png"] == ["cat"]
+    assert all(words == [path.stem] for path, words in prompts.items())
+
+
+def test_a_sample_with_a_cosine_that_is_not_positive_is_left_out_and_named(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = watch_figures(monkeypatch)
+    cosines = {"cat": -0.2, "pizza": -0.004, "octopus": 0.0}
+
+    def maps(model: object, pixels: object, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.ones(1, 4, 4), torch.tensor([cosines.get(prompts[0], 0.3)])
+
+    monkeypatch.setattr(attention, "heat_maps", maps)
+    run_here(monkeypatch, attention, "--model", tiny, "--out", tmp_path / "heat.png")
+    drawn, left_out = capsys.readouterr().out.splitlines()
+    assert drawn.endswith("heat.png: 9 heat maps")
+    assert left_out.endswith("not positive: pizza (0.00), cat (−0.20), octopus (0.00)")
+    titles = [axes.get_title() for axes in figures[0].axes]
+    assert len(titles) == 2 * 9 + 1  # each image and its map, and one colour bar for all
+    assert [title for title in titles if title.startswith("sailboat")] == ["sailboat.png", "sailboat\ncosine 0.30"]
+    assert not any(title.startswith(tuple(cosines)) for title in titles)
+    cosines.update(dict.fromkeys([path.stem for path in common.IMAGES.glob("*.png")], -1.0))
+    assert "nothing to show" in refusal(monkeypatch, attention, "--model", tiny, "--out", tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_a_figure_has_one_map_per_prompt_and_nothing_is_clipped(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the user's own image every prompt is shown, whatever its cosine."""
+    figures = watch_figures(monkeypatch)
     out = tmp_path / "heat.png"
-    arguments = [common.IMAGES / "cat.png", "a cat", "a dog", "--model", tiny, "--out", out]
-    done = run_script("examples/attention.py", *arguments, OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
-    assert "2 heat maps" in done.stdout
-    with Image.open(out) as figure:
-        assert figure.width > 1.5 * figure.height
+    prompts = ["a cat", "a dog", "a prompt for $5 and $6 that needs " + "very " * 30 + "many lines", "W" * 70]
+    monkeypatch.setattr(attention, "COLUMNS", 3)
+    run_here(monkeypatch, attention, common.IMAGES / "cat.png", *prompts, "--model", tiny, "--out", out)
+    assert capsys.readouterr().out.splitlines() == [f"{out}: 4 heat maps"]
+    panels = figures[0].axes[:-1]
+    assert [axes.get_title().split()[0] for axes in panels[:4]] == ["cat.png", "a", "a", "a"]
+    assert len({round(axes.get_position().y0, 6) for axes in panels}) == 2  # three panels, and two below them
+    assert not is_clipped(out)
 
 
 def test_a_missing_image_prompt_or_folder_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "no such file" in refusal(monkeypatch, attention, tmp_path / "none.jpg", "a cat")
+    assert "no such file" in refusal(monkeypatch, attention, tmp_path / "none.jpg", "a cat", "--model", "demo")
     assert "what to look for" in refusal(monkeypatch, attention, "photo.jpg")
     assert "there is no folder" in refusal(monkeypatch, attention, "--out", tmp_path / "none" / "heat.png")

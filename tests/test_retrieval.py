@@ -97,7 +97,7 @@ def test_a_query_lists_the_images_by_similarity(
 def test_a_folder_without_captions_or_readable_images_is_refused(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "has no captions.csv" in refusal(monkeypatch, retrieval, tmp_path)
+    assert "has no captions.csv" in refusal(monkeypatch, retrieval, tmp_path, "--model", tiny)
     (tmp_path / "broken.png").write_bytes(b"no image")
     (tmp_path / "captions.csv").write_text("image,caption\nbroken.png,a cat\n")
     assert "none of the 1 images could be read" in refusal(monkeypatch, retrieval, tmp_path, "--model", tiny)
