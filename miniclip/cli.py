@@ -1,4 +1,4 @@
-"""The command line: ``miniclip classify``, ``embed``, ``search`` and ``models``."""
+"""The command line: ``miniclip demo``, ``classify``, ``embed``, ``search`` and ``models``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import torch
 
 from miniclip.checkpoint import open_checkpoint
 from miniclip.config import CLIPConfig
+from miniclip.demo_tour import tour
 from miniclip.embed import Progress, Summary, embed_images
 from miniclip.errors import ConfigError, ImageError, MiniclipError
 from miniclip.hub import BUNDLED, KNOWN, cached_model
@@ -27,6 +28,7 @@ from miniclip.version import __version__
 from miniclip.zero_shot import Answer, ZeroShotClassifier
 
 _SECONDS_BETWEEN_LINES = 30
+_EMOJI_ONLY = "drawings of emoji are all that the demo model knows; for photos, embed them with --model ViT-B/32"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -69,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="miniclip", description="Images and words in one space: OpenAI's CLIP.")
     parser.add_argument("--version", action="version", version=f"miniclip {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    shows = "show what the demo model can and cannot do"
+    description = f"{shows.capitalize()}, on sample images in this package: in seconds, and offline."
+    commands.add_parser("demo", help=shows, description=description).set_defaults(run=_demo)
     _add_classify(
         commands.add_parser(
             "classify",
@@ -161,6 +166,12 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_search)
 
 
+def _demo(options: argparse.Namespace) -> int:
+    for line in tour(*load("demo", "cpu")):
+        print(line, flush=True)
+    return 0
+
+
 def _classify(options: argparse.Namespace) -> int:
     dtype = _DTYPES[options.dtype] if options.dtype else None
     model, preprocess = load(options.model, options.device, dtype=dtype)
@@ -210,7 +221,11 @@ def _lines(path: str, answer: Answer, bars: bool) -> Iterator[str]:
 def _embed(options: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", module=r"PIL\.")  # Pillow would warn about many of a million files
     dtype = _DTYPES[options.dtype] if options.dtype else None
-    printer = None if options.quiet or sys.stderr is None else _ProgressPrinter()
+    printer = (
+        None
+        if options.quiet or sys.stderr is None
+        else _ProgressPrinter(_EMOJI_ONLY if options.model in BUNDLED else None)
+    )
     try:
         done = embed_images(
             options.source,
@@ -243,9 +258,13 @@ def _print_summary(options: argparse.Namespace, done: Summary) -> None:
 
 
 class _ProgressPrinter:
-    """Prints the progress of a run to stderr: a bar on a terminal, otherwise a line now and then."""
+    """Prints the progress of a run to stderr: a bar on a terminal, otherwise a line now and then.
 
-    def __init__(self) -> None:
+    ``note`` is printed once, before the first image is embedded. So a run that fails earlier prints only its error.
+    """
+
+    def __init__(self, note: str | None) -> None:
+        self._note = note
         self._bar: Any = None
         self._next = 0.0
 
@@ -256,6 +275,9 @@ class _ProgressPrinter:
     def _show(self, progress: Progress) -> None:
         if not progress.total:
             return
+        if self._note:
+            _print_error(self._note)
+            self._note = None
         if sys.stderr.isatty():
             if self._bar is None:
                 try:
@@ -295,6 +317,8 @@ def _search(options: argparse.Namespace) -> int:
     index = Index.open(options.folder, options.model)
     image = open_image(options.image) if options.image else None
     matches = index.search(options.text, image, options.k)
+    if index.manifest["model"] in BUNDLED and not options.json:  # a program that reads JSON needs no advice
+        _print_error(_EMOJI_ONLY)
     if options.json:
         print(json.dumps([{"path": match.path, "score": round(match.score, 6)} for match in matches], indent=2))
     elif sys.stdout is not None and sys.stdout.isatty():

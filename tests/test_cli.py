@@ -271,3 +271,44 @@ def test_embed_fails_if_no_image_was_ever_embedded(
     assert main(arguments) == 0
     assert captured.out == ""
     assert "1 file could not be embedded" in captured.err
+
+
+NOTE = "miniclip: drawings of emoji are all that the demo model knows; for photos, embed them with --model ViT-B/32\n"
+
+
+def test_embed_and_search_say_once_what_the_demo_knows(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    assert main(["embed", str(photos), "--out", out, "--model", "demo", "--batch-size", "4"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.startswith(NOTE)
+    assert captured.err.count("ViT-B/32") == 1
+    assert "ViT-B/32" not in captured.out
+    assert main(["search", out, "a red square"]) == 0  # the manifest names the model
+    captured = capsys.readouterr()
+    assert captured.err == NOTE
+    assert len(captured.out.splitlines()) == 10
+    assert main(["search", out, "a red square", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert len(json.loads(captured.out)) == 10
+
+
+def test_embed_says_it_neither_quietly_nor_beside_an_error(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path / "out"), "--model", "demo"]
+    assert main(["embed", str(tmp_path / "nowhere"), *out]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    assert main(["embed", str(photos), *out, "--quiet"]) == 0
+    assert "ViT-B/32" not in capsys.readouterr().err
+
+
+def test_other_models_get_no_such_note(
+    photos: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    assert main(["embed", str(photos), "--out", out, "--model", str(tiny), "--device", "cpu"]) == 0
+    assert main(["search", out, "a red square"]) == 0
+    assert "emoji" not in capsys.readouterr().err

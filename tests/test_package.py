@@ -42,6 +42,7 @@ ROOMS = {
     "loading": {"checkpoint", "config", "errors", "hub", "huggingface", "model", "open_clip", "preprocess"},
     "saving": {"errors", "files", "huggingface", "model", "preprocess"},
     "zero_shot": {"errors", "model", "preprocess", "tokenizer"},
+    "demo_tour": {"hub", "images", "model", "preprocess", "tokenizer", "zero_shot"},
     "files": set(),
     "sources": {"errors"},
     "shard_files": {"errors", "files", "sources"},
@@ -50,7 +51,8 @@ ROOMS = {
     "embed": {"errors", "images", "loading", "manifest", "model", "preprocess", "shard_files", "sources", "store"},
     "search": {"errors", "loading", "manifest", "model", "preprocess", "shard_files", "store", "tokenizer"},
     "cli": {
-        *("checkpoint", "config", "embed", "errors", "hub", "images", "loading", "search", "version", "zero_shot"),
+        *("checkpoint", "config", "demo_tour", "embed", "errors", "hub", "images", "loading", "search", "version"),
+        "zero_shot",
     },
     "__main__": {"cli"},
 }
