@@ -81,7 +81,7 @@ def small(config: Path, **changes: str) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_a_run_learns_and_saves_a_model_that_both_libraries_read(shapes: Path, config: Path, tmp_path: Path) -> None:
-    settings = small(config, steps="80", batch_size="16", learning_rate="2e-3", warmup="10", every="20")
+    settings = small(config, steps="120", batch_size="16", learning_rate="2e-3", warmup="10", every="20")
     done = run(shapes, tmp_path / "run", "--half", **settings, patch_dropout="0.25", validation="0.1")
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
@@ -94,7 +94,7 @@ def test_a_run_learns_and_saves_a_model_that_both_libraries_read(shapes: Path, c
     }
     with (tmp_path / "run" / "learning_curve.csv").open() as file:
         curve = list(csv.DictReader(file))
-    assert [row["step"] for row in curve] == ["20", "40", "60", "80"]
+    assert [row["step"] for row in curve] == ["20", "40", "60", "80", "100", "120"]
     assert float(curve[-1]["training_loss"]) < 0.7 * float(curve[0]["training_loss"])
     assert float(curve[-1]["validation_loss"]) < float(curve[0]["validation_loss"])
     with Image.open(tmp_path / "run" / "learning_curve.png") as drawn:

@@ -77,8 +77,8 @@ def _outline(rgba: Tensor, draws: _Draws, share: float) -> Tensor:
 def _move(rgba: Tensor, draws: _Draws) -> Tensor:
     """Shift, scale, stretch and slightly turn each drawing."""
     angle, stretch = draws.uniform(-0.12, 0.12), draws.uniform(-0.1, 0.1)
-    # Of the sampled window: above 1 shrinks the drawing. One in five may become as small as half.
-    largest = torch.where(draws.chance(0.2).flatten(), 2.0, 1.2)
+    # Of the sampled window: above 1 shrinks the drawing. One in ten may become as small as half.
+    largest = torch.where(draws.chance(0.1).flatten(), 2.0, 1.2)
     scale = torch.exp(draws.uniform(0, 1) * (largest / 0.9).log() + math.log(0.9))
     cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
     slack = 0.06 + (scale - 1).clamp(min=0)  # the largest shift: a smaller drawing may move further
@@ -93,7 +93,7 @@ def _recolour(rgb: Tensor, alpha: Tensor, draws: _Draws) -> Tensor:
     """Change saturation, contrast and brightness. All are linear, so premultiplied colours stay right."""
     grey = rgb.mean(dim=1, keepdim=True)
     rgb = grey + (rgb - grey) * torch.where(draws.chance(0.1), 0, draws.uniform(0.7, 1.3, 1, 1, 1))
-    rgb = torch.where(draws.chance(0.08), _two_colours(grey, alpha, draws), rgb)
+    rgb = torch.where(draws.chance(0.04), _two_colours(grey, alpha, draws), rgb)
     rgb = rgb * draws.uniform(0.85, 1.15, 3, 1, 1) + alpha * draws.uniform(-0.1, 0.1, 1, 1, 1)
     return torch.minimum(rgb.clamp(min=0), alpha)
 
