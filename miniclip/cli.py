@@ -221,11 +221,8 @@ def _lines(path: str, answer: Answer, bars: bool) -> Iterator[str]:
 def _embed(options: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", module=r"PIL\.")  # Pillow would warn about many of a million files
     dtype = _DTYPES[options.dtype] if options.dtype else None
-    printer = (
-        None
-        if options.quiet or sys.stderr is None
-        else _ProgressPrinter(_EMOJI_ONLY if options.model in BUNDLED else None)
-    )
+    note = _EMOJI_ONLY if options.model in BUNDLED else None
+    printer = None if options.quiet or sys.stderr is None else _ProgressPrinter(note)
     try:
         done = embed_images(
             options.source,

@@ -27,7 +27,6 @@ PHOTO, IN_PHOTO = "coffee_photo.jpg", "cup"
 QUERY, WANTED = "a boat", "sailboat.png"
 
 _LABELS = sorted([*DRAWINGS.values(), IN_PHOTO])
-_TEMPLATE = "a photo of a {}."  # that of `miniclip classify`, so that its answers are the same
 _SHOWN = 3  # images of the search
 
 
@@ -47,7 +46,7 @@ def tour(model: CLIP, preprocess: Preprocess) -> Iterator[str]:
     """
     parameters = sum(parameter.numel() for parameter in model.parameters())
     vectors = str(Path(tempfile.gettempdir()) / "miniclip-demo")
-    classifier = ZeroShotClassifier(model, preprocess, _LABELS, [_TEMPLATE])
+    classifier = ZeroShotClassifier(model, preprocess, _LABELS)
     verdicts: list[bool] = []
     yield f"The demo model has {parameters / 1e6:.1f} million parameters and has seen drawings of emoji, nothing else."
     yield "The commands repeat what is computed here. They begin in the folder of the sample images:"

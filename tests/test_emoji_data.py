@@ -18,7 +18,7 @@ import prompts
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import run_script
+from helpers import ROOT, run_cli, run_script
 from PIL import Image
 
 import miniclip
@@ -275,6 +275,18 @@ def test_measure_fills_every_column() -> None:
             "10-way": 0.1,
         }
     )
+
+
+def test_the_samples_are_measured_with_the_prompts_of_the_command_line() -> None:
+    model, preprocess = miniclip.load("demo", "cpu")
+    paths = sorted(str(path) for path in (ROOT / "examples" / "images").glob("*.png"))
+    nouns = [Path(path).stem for path in paths]
+    done = run_cli("classify", *paths, "--labels", *nouns, "--model", "demo", "--json")
+    answers = [answer["labels"][0]["label"] for answer in json.loads(done.stdout)]
+    found = demo_quality.measure_samples(model, preprocess)
+    assert found["among 12"] == sum(answer == noun for answer, noun in zip(answers, nouns, strict=True))
+    assert list(found) == ["images", "among 12", "among 100"]
+    assert found["among 100"] <= found["among 12"]
 
 
 @pytest.mark.slow

@@ -366,6 +366,17 @@ def test_prompts_put_a_share_of_the_captions_into_sentences(shapes: Path) -> Non
     assert not all(set(p.tokens.tolist()) <= set(pairs.known_words(captions, model, False).tolist()) for p in drawn)
 
 
+def test_the_drawings_kept_in_memory_are_limited(shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = miniclip.CLIP(config_from_dict(make_reference().config.to_dict()))
+    captions = pairs.read_captions(shapes)
+    options = argparse.Namespace(data=shapes, seed=0, augment="drawings", unknown_words=0.0, prompts=0.0)
+    monkeypatch.setattr(pairs, "DECODED_BYTES", 5 * 4 * 32**2)  # five images
+    dataset = pairs.Pairs(captions, options, model)
+    first, again = ([dataset[step, index] for index in range(len(captions))] for step in (0, 0))
+    assert len(dataset.decoded) == 5
+    assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(first, again))
+
+
 @pytest.mark.parametrize("batch_size", [4, 7, 16])
 def test_a_batch_never_holds_a_concept_twice(shapes: Path, batch_size: int) -> None:
     captions = pairs.read_captions(shapes)

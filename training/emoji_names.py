@@ -178,7 +178,8 @@ def everyday_codes(listed: list[dict[str, Any]]) -> set[str]:
 def plain_names(name: str, tags: list[str]) -> list[str]:
     """What a person calls it: "red apple" is an apple, "dog face" a dog, "smiling cat with heart-eyes" a cat.
 
-    The end of the name before "with", "of" and "face" counts if it is the whole name or one of the emoji's keywords.
+    What follows "with", "of" and similar words is dropped, and "face" at the end. Of the rest, the last words count if
+    they are the whole name or one of the emoji's keywords.
     """
     base = re.split(r" (?:with|of|in|on|holding|facing) ", name)[0]
     base = base.removesuffix(" face") if base.removesuffix(" face") in tags else base
@@ -197,7 +198,7 @@ def plural(noun: str) -> str:
 def phrases(entry: Entry, pick: random.Random) -> list[str]:
     """The name, then what a person might write instead. A phrase stands more than once if it shall be used more often.
 
-    About half are full names, a quarter plain nouns, a fifth keywords, and the rest tells what kind of thing it is.
+    Of up to 21 lines, 9 are full names, 5 plain nouns, 5 keywords, and 2 tell what kind of thing it is.
     """
     names = [entry.name, *pick.sample(entry.synonyms, min(3, len(entry.synonyms)))]
     lines = [name for name, _ in zip(itertools.cycle(names), range(9))]

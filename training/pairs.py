@@ -18,6 +18,7 @@ from torch.utils.data import Dataset, Sampler
 import miniclip
 
 Captions = dict[str, list[str]]  # an image's path within the folder -> its captions, the first of which is its concept
+DECODED_BYTES = 2**29  # of drawings that a process keeps in memory: all of the demo's, and not all of a million
 
 
 class Pair(NamedTuple):
@@ -96,7 +97,8 @@ class Pairs(Dataset[Pair | None]):
         self.unknown, self.unknown_share = unknown, options.unknown_words
         self.prompts: float = options.prompts
         self.reported: set[str] = set()
-        self.decoded: dict[str, Tensor] = {}  # drawings are small, and each is used many times
+        self.decoded: dict[str, Tensor] = {}  # small drawings, each of which is used many times
+        self.decoded_limit = DECODED_BYTES // (4 * self.size**2)
         truths: dict[str, set[str]] = {}
         for texts in self.captions:
             truths.setdefault(texts[0], set()).update(texts)
@@ -110,7 +112,7 @@ class Pairs(Dataset[Pair | None]):
             pixels = self.decoded.get(name)
             if pixels is None:
                 pixels = open_square(self.folder / name, self.size, rng if self.crops and step >= 0 else None)
-            if not self.crops:
+            if not self.crops and len(self.decoded) < self.decoded_limit:
                 self.decoded[name] = pixels
         except miniclip.ImageError as error:
             if name not in self.reported:
