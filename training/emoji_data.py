@@ -4,7 +4,8 @@
     python training/emoji_data.py emoji                        npm downloads the packages (about 270 MB)
     python training/emoji_data.py emoji --packages downloads   uses the .tgz files in this folder, if they exist
 
-    emoji/train/            sets of emoji and icons, whose licences permit training and sharing the result
+    emoji/train/            sets of emoji and icons, whose licences permit training and sharing the result;
+                            those in train/line are harder: icons in one colour, and outlines
     emoji/facebook/         never trained on: settings are chosen on it
     emoji/twemoji/          never trained on: ordinary colour images
     emoji/openmoji-black/   never trained on: thin black outlines
@@ -159,8 +160,9 @@ def main() -> None:
     everyday = "".join(f"{entry.name}\n" for entry in entries if entry.everyday)
     (options.out / "everyday.txt").write_text(everyday, encoding="utf-8")
     train = {"google": png_images(packages, "emoji-datasource-google", "google", entries)}
-    train |= {name: iconify_images(packages, name, entries) for name in [*ICONIFY, *ICONS]}
-    train |= {f"{name}-outlined": iconify_images(packages, name, entries, options.seed) for name in OUTLINED}
+    train |= {name: iconify_images(packages, name, entries) for name in ICONIFY}
+    train |= {f"line/{name}": iconify_images(packages, name, entries) for name in ICONS}
+    train |= {f"line/{name}-outlined": iconify_images(packages, name, entries, options.seed) for name in OUTLINED}
     write(options.out / "train", train, options.seed)
     facebook = png_images(packages, "emoji-datasource-facebook", "facebook", entries)
     write(options.out / "facebook", {"facebook": facebook}, options.seed)

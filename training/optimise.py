@@ -80,7 +80,8 @@ def encode_some_patches(visual: VisionTransformer, images: Tensor, keep: int, ge
 def loss_of(model: miniclip.CLIP, images: Tensor, batch: Batch, keep: int, generator: torch.Generator | None) -> Tensor:
     """The contrastive loss of a batch with normalised images (N, 3, S, S), a scalar.
 
-    A caption that is true of another image as well, such as "an animal", is no wrong answer for that image. These
+    With several captions per image it is the mean of the losses with the first ones, the second ones, and so on. A
+    caption that is true of another image as well, such as "an animal", is no wrong answer for that image. These
     pairs are left out of both sums of the loss.
 
     With a generator the image tower sees ``keep`` patches only. Without one, as in validation, it sees all of them.
@@ -90,10 +91,12 @@ def loss_of(model: miniclip.CLIP, images: Tensor, batch: Batch, keep: int, gener
     else:
         image_features = model.encode_image(images)
     image_features = F.normalize(image_features.float(), dim=1)
-    text_features = F.normalize(model.encode_text(batch.tokens).float(), dim=1)
+    text_features = F.normalize(model.encode_text(batch.tokens.flatten(0, 1)).float(), dim=1)  # (C N, D)
     with torch.autocast(images.device.type, enabled=False):  # half precision is too coarse for logits near 100
-        logits = model.logit_scale.exp() * image_features @ text_features.T
-        return miniclip.contrastive_loss(logits.masked_fill(batch.also_true, -torch.inf))
+        logits = model.logit_scale.exp() * image_features @ text_features.T  # (N, C N)
+        groups = zip(logits.split(len(images), dim=1), batch.also_true)
+        losses = [miniclip.contrastive_loss(group.masked_fill(also_true, -torch.inf)) for group, also_true in groups]
+        return torch.stack(losses).mean()
 
 
 def mixed_precision(device: torch.device) -> torch.dtype | None:

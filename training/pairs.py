@@ -4,6 +4,7 @@ import argparse
 import random
 import sys
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,15 +19,16 @@ from torch.utils.data import Dataset, Sampler
 import miniclip
 
 Captions = dict[str, list[str]]  # an image's path within the folder -> its captions, the first of which is its concept
+BEGINNING = 0.1  # the first share of a run, which is easier
 DECODED_BYTES = 2**29  # of drawings that a process keeps in memory: all of the demo's, and not all of a million
 
 
 class Pair(NamedTuple):
-    """An image and one of its captions."""
+    """An image and C of its captions."""
 
     pixels: Tensor  # RGBA (4, S, S) uint8
-    tokens: Tensor  # (L,) token ids
-    caption: str  # as captions.csv has it
+    tokens: Tensor  # (C, L) token ids
+    captions: list[str]  # C, as captions.csv has them
     truths: frozenset[str]  # all captions of the image's concept
 
 
@@ -34,8 +36,8 @@ class Batch(NamedTuple):
     """N pairs."""
 
     pixels: Tensor  # RGBA (N, 4, S, S) uint8
-    tokens: Tensor  # (N, L) token ids
-    also_true: Tensor  # (N, N) bool: the caption of column j is true of image i as well, though it is another pair's
+    tokens: Tensor  # (C, N, L) token ids
+    also_true: Tensor  # (C, N, N) bool: the caption of column j is true of image i as well, though it is another pair's
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
@@ -96,6 +98,7 @@ class Pairs(Dataset[Pair | None]):
         self.size, self.context_length = model.config.vision.image_size, model.context_length
         self.unknown, self.unknown_share = unknown, options.unknown_words
         self.prompts: float = options.prompts
+        self.two_captions: bool = options.two_captions
         self.reported: set[str] = set()
         self.decoded: dict[str, Tensor] = {}  # small drawings, each of which is used many times
         self.decoded_limit = DECODED_BYTES // (4 * self.size**2)
@@ -119,12 +122,19 @@ class Pairs(Dataset[Pair | None]):
                 self.reported.add(name)
                 print(f"\ntrain.py: left out: {error}", file=sys.stderr, flush=True)
             return None
-        caption = rng.choice(self.captions[index])
+        first, captions = self.captions[index][0], [rng.choice(self.captions[index])]
+        if self.two_captions:
+            captions = [first, rng.choice([text for text in self.captions[index] if text != first] or [first])]
+        tokens = torch.stack([self.tokens(caption, rng) for caption in captions])
+        return Pair(pixels, tokens, captions, self.truths[first])
+
+    def tokens(self, caption: str, rng: random.Random) -> Tensor:
+        """The token ids (L,) of the caption, which may be put into a sentence or get unknown words."""
         text = prompts.sentence(caption, rng) if rng.random() < self.prompts else caption
         tokens = miniclip.tokenize(text, self.context_length, truncate=True)[0]
         if self.unknown and rng.random() < self.unknown_share:
             tokens = with_unknown_words(tokens, self.unknown, rng)
-        return Pair(pixels, tokens, caption, self.truths[self.captions[index][0]])
+        return tokens
 
 
 def open_square(path: Path, size: int, rng: random.Random | None) -> Tensor:
@@ -163,8 +173,9 @@ def collate(pairs: list[Pair | None]) -> Batch | None:
     if len(readable) < 2:
         return None
     pixels, tokens, captions, truths = zip(*readable)
-    also_true = torch.tensor([[caption in known for caption in captions] for known in truths])
-    return Batch(torch.stack(pixels), torch.stack(tokens), also_true.fill_diagonal_(False))
+    also_true = torch.tensor([[[text in known for text in drawn] for known in truths] for drawn in zip(*captions)])
+    also_true.diagonal(dim1=1, dim2=2).fill_(False)
+    return Batch(torch.stack(pixels), torch.stack(tokens, dim=1), also_true)
 
 
 class Batches(Sampler[list[tuple[int, int]]]):
@@ -174,11 +185,15 @@ class Batches(Sampler[list[tuple[int, int]]]):
 
     A batch never holds two images of one concept (the same first caption). Either caption would be right for the
     other image, and the loss would push them apart.
+
+    In the first tenth of a run the images that match --later are left out, and no neighbours are put together.
     """
 
-    def __init__(self, captions: Captions, batch_size: int, seed: int, start: int, end: int) -> None:
+    def __init__(self, captions: Captions, options: argparse.Namespace, start: int, end: int) -> None:
         self.concepts = [texts[0] for texts in captions.values()]
-        self.batch_size, self.seed, self.start, self.end = batch_size, seed, start, end
+        self.batch_size, self.seed, self.neighbours = options.batch_size, options.seed, options.neighbours
+        self.start, self.end, self.beginning = start, end, BEGINNING * options.steps
+        self.early = {index for index, name in enumerate(captions) if not fnmatch(name, options.later)}
 
     def __len__(self) -> int:
         return self.end - self.start
@@ -186,7 +201,7 @@ class Batches(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         step = epoch = 0
         while True:
-            for batch in self.epoch(epoch):
+            for batch in self.epoch(epoch, beginning=step < self.beginning):
                 if step == self.end:
                     return
                 if step >= self.start:
@@ -194,11 +209,16 @@ class Batches(Sampler[list[tuple[int, int]]]):
                 step += 1
             epoch += 1
 
-    def epoch(self, number: int) -> list[list[int]]:
+    def epoch(self, number: int, beginning: bool = False) -> list[list[int]]:
         """All batches of an epoch. Each image goes into the first batch that has room and lacks its concept."""
-        order = list(range(len(self.concepts)))
-        random.Random(f"{self.seed} {number}").shuffle(order)
-        if self.batch_size > len(set(self.concepts)):
+        rng, count = random.Random(f"{self.seed} {number}"), len(self.concepts)
+        together = 1 if beginning else self.neighbours
+        starts = list(range(-rng.randrange(together), count, together))
+        rng.shuffle(starts)
+        order = [index for start in starts for index in range(max(start, 0), min(start + together, count))]
+        if beginning:
+            order = [index for index in order if index in self.early]
+        if self.batch_size > len({self.concepts[index] for index in order}):
             return self.rounds(order)
         batches: list[list[int]] = []
         held: list[set[str]] = []  # the concepts of each batch

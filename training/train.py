@@ -142,7 +142,7 @@ def training_batches(
     """The batches of the steps from ``start`` on, decoded by --workers processes."""
     return DataLoader(
         pairs.Pairs(captions, options, model, unknown.tolist()),
-        batch_sampler=pairs.Batches(captions, options.batch_size, options.seed, start, options.steps),
+        batch_sampler=pairs.Batches(captions, options, start, options.steps),
         collate_fn=pairs.collate,
         num_workers=options.workers,
         worker_init_fn=_ignore_interrupts,
@@ -155,7 +155,7 @@ def validation_batch(captions: Captions, options: argparse.Namespace, model: min
     if not captions:
         return None
     examples = pairs.Pairs(captions, options, model)
-    indices = pairs.Batches(captions, options.batch_size, options.seed, 0, 1).epoch(0)[0]
+    indices = pairs.Batches(captions, options, 0, 1).epoch(0)[0]
     return pairs.collate([examples[-1, index] for index in indices])
 
 
@@ -282,6 +282,23 @@ def parse_arguments() -> argparse.Namespace:
         default=0.0,
         help="share of captions put into a sentence such as 'a photo of {a}', for captions that are names (default: 0)",
     )
+    parser.add_argument(
+        "--two-captions",
+        action="store_true",
+        help="use an image's first caption and another one at each step, in a loss of its own (default: one, drawn)",
+    )
+    parser.add_argument(
+        "--neighbours",
+        type=int,
+        default=1,
+        help="how many images that follow each other in captions.csv are put into a batch together: neighbours that "
+        "resemble each other are hard to tell apart (default: 1)",
+    )
+    parser.add_argument(
+        "--later",
+        default="",
+        help="a pattern of image paths, such as 'line/*', that the first tenth of a run leaves out",
+    )
     parser.add_argument("--validation", type=float, default=0.03, help="share of images held out (default: 0.03)")
     parser.add_argument("--every", type=int, default=100, help="steps between saved states (default: 100)")
     parser.add_argument("--seed", type=int, default=0)
@@ -303,8 +320,10 @@ def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error("--learning-rate and --clip must be above 0, --weight-decay at least 0")
     if options.workers < 0 or options.warmup < 0 or not -(2**63) <= options.seed < 2**63:
         parser.error("--workers and --warmup must be at least 0, and --seed must fit into 64 bits")
-    if options.steps < 1 or options.every < 1 or options.batch_size < 2:
-        parser.error("--steps and --every must be at least 1, --batch-size at least 2: one pair has no contrast")
+    if options.steps < 1 or options.every < 1 or options.neighbours < 1 or options.batch_size < 2:
+        parser.error(
+            "--steps, --every and --neighbours must be at least 1, --batch-size at least 2: one pair has no contrast"
+        )
     if not all(0 <= share <= 1 for share in (options.outlines, options.unknown_words, options.prompts)):
         parser.error("--outlines, --unknown-words and --prompts are shares from 0 to 1")
     if not (0 <= options.patch_dropout < 1 and 0 <= options.validation < 1):
