@@ -79,6 +79,13 @@ def small(config: Path, **changes: str) -> dict[str, str]:
     return {"config": str(config), "steps": "6", "batch_size": "8", "warmup": "2", "every": "2", **changes}
 
 
+def data_options(data: Path = Path(), **changes: object) -> argparse.Namespace:
+    """The options that pairs.py reads, without augmentation of captions, with ``changes``."""
+    defaults = {"data": data, "seed": 0, "augment": "drawings", "unknown_words": 0.0, "prompts": 0.0, "steps": 1}
+    defaults |= {"two_captions": False, "neighbours": 1, "later": "", "batch_size": 8}
+    return argparse.Namespace(**defaults | changes)
+
+
 @pytest.mark.slow
 def test_a_run_learns_and_saves_a_model_that_both_libraries_read(shapes: Path, config: Path, tmp_path: Path) -> None:
     settings = small(config, steps="120", batch_size="16", learning_rate="2e-3", warmup="10", every="20")
@@ -276,7 +283,7 @@ def test_an_unusable_device_configuration_or_folder_is_refused(
 
 def test_every_batch_holds_all_concepts_if_they_are_few() -> None:
     captions = {f"{n}.jpg": ["a cat" if n % 3 else "a dog"] for n in range(30)}
-    batches = pairs.Batches(captions, 8, 0, 0, 40).epoch(0)
+    batches = pairs.Batches(captions, data_options(batch_size=8), 0, 40).epoch(0)
     assert len(batches) == 20
     assert all(len(batch) == 2 for batch in batches)
     assert {index for batch in batches for index in batch} == set(range(30))
@@ -328,26 +335,32 @@ def test_fine_tuning_starts_from_the_given_weights(shapes: Path, tiny: Path, tmp
 
 def test_a_caption_that_is_true_of_another_image_is_no_wrong_answer_for_it() -> None:
     cat, dog, car = frozenset({"cat", "animal"}), frozenset({"dog", "animal"}), frozenset({"car", "vehicle"})
-    pair = (torch.zeros(4, 2, 2, dtype=torch.uint8), torch.zeros(3, dtype=torch.int32))
-    batch = pairs.collate([pairs.Pair(*pair, *rest) for rest in (("animal", cat), ("dog", dog), ("vehicle", car))])
+    pair = (torch.zeros(4, 2, 2, dtype=torch.uint8), torch.zeros(2, 3, dtype=torch.int32))
+    captions = (["animal", "cat"], cat), (["dog", "animal"], dog), (["vehicle", "car"], car)
+    batch = pairs.collate([pairs.Pair(*pair, *rest) for rest in captions])
     assert batch is not None
-    assert batch.also_true.tolist() == [[False] * 3, [True, False, False], [False] * 3]
+    assert batch.also_true[0].tolist() == [[False] * 3, [True, False, False], [False] * 3]
+    assert batch.also_true[1].tolist() == [[False, True, False], [False] * 3, [False] * 3]
     # The loss is that of the pairs that remain, written out in float64.
     torch.manual_seed(0)
     model = miniclip.CLIP(config_from_dict(make_reference().config.to_dict()))
     optimise.initialise(model, torch.arange(model.vocab_size))
     images = torch.randn(3, 3, 32, 32)
-    tokens = miniclip.tokenize(["an animal", "a dog", "a vehicle"], model.context_length)
+    texts = [["an animal", "a dog", "a vehicle"], ["a cat", "an animal", "a car"]]
+    tokens = torch.stack([miniclip.tokenize(group, model.context_length) for group in texts])
     batch = batch._replace(tokens=tokens)
     with torch.no_grad():
-        logits = model(images, tokens)[0].double()
+        logits = [model(images, group)[0].double() for group in tokens]
         found = optimise.loss_of(model, images, batch, 16, None)
-        plain = optimise.loss_of(model, images, batch._replace(also_true=torch.zeros(3, 3, dtype=torch.bool)), 16, None)
-    rows = [[0, 1, 2], [1, 2], [0, 1, 2]]  # the texts that image i is compared with
-    columns = [[0, 2], [0, 1, 2], [0, 1, 2]]  # the images that text j is compared with
-    of_images = [logits[i, row].logsumexp(0) - logits[i, i] for i, row in enumerate(rows)]
-    of_texts = [logits[column, j].logsumexp(0) - logits[j, j] for j, column in enumerate(columns)]
-    expected = (torch.stack(of_images).mean() + torch.stack(of_texts).mean()) / 2
+        unmasked = batch._replace(also_true=torch.zeros(2, 3, 3, dtype=torch.bool))
+        plain = optimise.loss_of(model, images, unmasked, 16, None)
+    rows = [[[0, 1, 2], [1, 2], [0, 1, 2]], [[0, 2], [0, 1, 2], [0, 1, 2]]]  # the texts that image i is compared with
+    columns = [[[0, 2], [0, 1, 2], [0, 1, 2]], [[0, 1, 2], [1, 2], [0, 1, 2]]]  # the images of text j
+    losses = []
+    for table, row, column in zip(logits, rows, columns):
+        losses += [table[i, row[i]].logsumexp(0) - table[i, i] for i in range(3)]
+        losses += [table[column[j], j].logsumexp(0) - table[j, j] for j in range(3)]
+    expected = torch.stack(losses).mean()
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
     assert (plain.double() - expected).abs() > 1e-2
 
@@ -357,21 +370,19 @@ def test_prompts_put_a_share_of_the_captions_into_sentences(shapes: Path) -> Non
     captions = {name: texts[:1] for name, texts in pairs.read_captions(shapes).items()}
     plain = {tuple(miniclip.tokenize(texts[0], model.context_length)[0].tolist()) for texts in captions.values()}
     for share, least, most in ((0.0, 0, 0), (0.5, 100, 220), (1.0, 290, 320)):  # of 320; one template is the bare name
-        options = argparse.Namespace(data=shapes, seed=0, augment="drawings", unknown_words=0.0, prompts=share)
-        dataset = pairs.Pairs(captions, options, model)
+        dataset = pairs.Pairs(captions, data_options(shapes, prompts=share), model)
         drawn = [dataset[step, index] for step in range(10) for index in range(len(captions))]
-        assert least <= sum(tuple(pair.tokens.tolist()) not in plain for pair in drawn) <= most
+        assert least <= sum(tuple(pair.tokens[0].tolist()) not in plain for pair in drawn) <= most
     known = set(pairs.known_words(captions, model, prompted=True).tolist())
-    assert all(set(pair.tokens.tolist()) <= known | {0} for pair in drawn)
-    assert not all(set(p.tokens.tolist()) <= set(pairs.known_words(captions, model, False).tolist()) for p in drawn)
+    assert all(set(pair.tokens[0].tolist()) <= known | {0} for pair in drawn)
+    assert not all(set(p.tokens[0].tolist()) <= set(pairs.known_words(captions, model, False).tolist()) for p in drawn)
 
 
 def test_the_drawings_kept_in_memory_are_limited(shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = miniclip.CLIP(config_from_dict(make_reference().config.to_dict()))
     captions = pairs.read_captions(shapes)
-    options = argparse.Namespace(data=shapes, seed=0, augment="drawings", unknown_words=0.0, prompts=0.0)
     monkeypatch.setattr(pairs, "DECODED_BYTES", 5 * 4 * 32**2)  # five images
-    dataset = pairs.Pairs(captions, options, model)
+    dataset = pairs.Pairs(captions, data_options(shapes), model)
     first, again = ([dataset[step, index] for index in range(len(captions))] for step in (0, 0))
     assert len(dataset.decoded) == 5
     assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(first, again))
@@ -381,7 +392,8 @@ def test_the_drawings_kept_in_memory_are_limited(shapes: Path, monkeypatch: pyte
 def test_a_batch_never_holds_a_concept_twice(shapes: Path, batch_size: int) -> None:
     captions = pairs.read_captions(shapes)
     concepts = [texts[0] for texts in captions.values()]
-    batches = pairs.Batches(captions, batch_size, 0, 0, 9)
+    options = data_options(batch_size=batch_size, neighbours=3)
+    batches = pairs.Batches(captions, options, 0, 9)
     seen = [index for batch in batches.epoch(0) for index in batch]
     assert len(seen) == len(set(seen))  # every image at most once in an epoch
     assert len(seen) > len(concepts) - 2 * batch_size
@@ -389,9 +401,55 @@ def test_a_batch_never_holds_a_concept_twice(shapes: Path, batch_size: int) -> N
         assert len(batch) == batch_size
         assert len({concepts[index] for _, index in batch}) == batch_size
     assert batches.epoch(0) != batches.epoch(1)
-    later = list(pairs.Batches(captions, batch_size, 0, 5, 9))
+    later = list(pairs.Batches(captions, options, 5, 9))
     assert later == list(batches)[5:]  # a resumed run sees the same batches
-    assert list(pairs.Batches(captions, batch_size, 1, 0, 9)) != list(batches)
+    options.seed = 1
+    assert list(pairs.Batches(captions, options, 0, 9)) != list(batches)
+
+
+def test_neighbours_come_into_a_batch_together() -> None:
+    captions = {f"{n}.png": [f"thing {n}"] for n in range(100)}
+    together = {}
+    for neighbours in (1, 5):
+        batches = pairs.Batches(captions, data_options(batch_size=20, neighbours=neighbours), 0, 9)
+        assert {len(batch) for epoch in range(4) for batch in batches.epoch(epoch)} == {20}
+        pairs_of = [{index + 1 for index in batch} & set(batch) for epoch in range(4) for batch in batches.epoch(epoch)]
+        together[neighbours] = sum(map(len, pairs_of)) / (4 * 99)
+        starts = {min(batch) % 5 for epoch in range(20) for batch in batches.epoch(epoch)}
+        assert len(starts) > 1  # not always the same neighbours
+        assert together[1] < 0.35
+    assert together[5] > 0.7
+
+
+def test_the_beginning_of_a_run_leaves_out_what_comes_later(
+    shapes: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captions = {f"{'line/' * (n % 2)}{n}.png": [f"thing {n}"] for n in range(64)}
+    steps = list(pairs.Batches(captions, data_options(batch_size=8, later="line/*", steps=40, neighbours=2), 0, 40))
+    odd = [sum(index % 2 for _, index in batch) for batch in steps]
+    assert odd[:4] == [0] * 4  # a tenth of the run
+    assert sum(odd[4:36]) == 4 * 32  # four epochs of all images
+    resumed = pairs.Batches(captions, data_options(batch_size=8, later="line/*", steps=40, neighbours=2), 3, 40)
+    assert list(resumed) == steps[3:]
+    said = refuse(monkeypatch, shapes, tmp_path / "run", **small(config, later="*"))
+    assert "--later '*' leaves too few of the 31 training images" in said
+
+
+def test_two_captions_are_the_first_one_and_another_one(shapes: Path) -> None:
+    model = miniclip.CLIP(config_from_dict(make_reference().config.to_dict()))
+    captions = {name: [*texts, "a thing", "a form"] for name, texts in pairs.read_captions(shapes).items()}
+    dataset = pairs.Pairs(captions, data_options(shapes, two_captions=True), model)
+    drawn = [dataset[step, 0].captions for step in range(50)]
+    first, *others = captions[dataset.names[0]]
+    assert {texts[0] for texts in drawn} == {first}
+    assert {texts[1] for texts in drawn} == set(others) - {first}
+    pair = dataset[0, 0]
+    assert torch.equal(pair.tokens, miniclip.tokenize(pair.captions, model.context_length))
+    alone = pairs.Pairs(
+        {name: texts[:1] for name, texts in captions.items()}, dataset_options := data_options(shapes), model
+    )
+    dataset_options.two_captions = True
+    assert alone[0, 0].captions == [first]
 
 
 def test_the_learning_rate_warms_up_and_follows_a_cosine() -> None:

@@ -16,6 +16,7 @@ import copy
 import json
 import signal
 from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 
 import augment
@@ -53,6 +54,10 @@ def train(options: argparse.Namespace) -> None:
     training, validation = pairs.split(captions, options.validation, options.seed)
     if not pairs.has_contrast(training):
         raise SystemExit(f"of {len(captions)} images --validation {options.validation} leaves too few to train on")
+    if not pairs.has_contrast({name: texts for name, texts in training.items() if not fnmatch(name, options.later)}):
+        raise SystemExit(
+            f"--later {options.later!r} leaves too few of the {len(training)} training images to begin with"
+        )
     folder = RunFolder(options)
     model, preprocess = new_model(options, captions, device)
     optimiser = optimise.optimiser_for(model, options)
