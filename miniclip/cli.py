@@ -187,7 +187,9 @@ def _classify(options: argparse.Namespace) -> int:
             labels = [{"label": label, "probability": probability} for label, probability in answer]
             results.append({"image": path, "labels": labels})
         else:
-            print("\n".join(_lines(path, answer, bars=sys.stdout is not None and sys.stdout.isatty())), flush=True)
+            print(
+                "\n".join(answer_lines(path, answer, bars=sys.stdout is not None and sys.stdout.isatty())), flush=True
+            )
     if options.json:
         print(json.dumps(results, indent=2, allow_nan=False))  # ASCII, so that any file name survives any encoding
     return 1 if failed else 0
@@ -204,7 +206,7 @@ def _answers(classifier: ZeroShotClassifier, paths: Sequence[str]) -> Iterator[t
             yield path, classifier(image)
 
 
-def _lines(path: str, answer: Answer, bars: bool) -> Iterator[str]:
+def answer_lines(path: str, answer: Answer, bars: bool) -> Iterator[str]:
     """The lines of one answer: with ``bars`` a heading and a bar chart, else path, label, probability with tabs."""
     if not bars:
         for label, probability in answer:

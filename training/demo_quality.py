@@ -1,18 +1,17 @@
 """Measure how well the demo model knows emoji by artists it has never seen. Prints the numbers of its model card.
 
     python training/demo_quality.py                     runs emoji_data.py first, if the data does not exist
+    python training/demo_quality.py --publish           also writes the demo's card, docs/demo.md, README and results
     python training/demo_quality.py --model runs/mine   measures another model
     python training/demo_quality.py --model runs/mine --choose   only the set on which settings are chosen
 
 Two sets were never trained on: Twemoji (ordinary colour images) and OpenMoji (thin black outlines, and the same
-drawings in colour). Settings are to be chosen on a third one, Facebook's. Those of the model of 2026-11-21 were chosen
-on the first two.
+drawings in colour). Settings are chosen on a third one, Facebook's, which was never trained on either.
 
 Names: find the right one of all emoji's names. The text vector of a name is the mean over several prompts, whose
 templates were not used in training. Plain nouns: find the right one of the 200 nouns in everyday.txt, by the same
 prompts; and the file names of examples/images as nouns, by the default template of "miniclip classify", among
-themselves and among 100 nouns. The list of nouns was made by emoji_data.py, by a rule, from
-Unicode's data.
+themselves and among 100 nouns. The list of nouns was made by emoji_data.py, by a rule, from Unicode's data.
 """
 
 import argparse
@@ -26,6 +25,7 @@ import sys
 from datetime import date
 from pathlib import Path
 
+import demo_report
 import shared
 import torch
 import torch.nn.functional as F
@@ -148,8 +148,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT / "emoji", help="from emoji_data.py (default: emoji)")
     parser.add_argument("--choose", action="store_true", help="measure only the set on which settings are chosen")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--publish", action="store_true", help="write the demo's numbers into its card and docs")
     options = parser.parse_args()
 
+    if options.publish and (options.model != "demo" or options.choose or options.json):
+        parser.error("--publish is for all numbers of the demo model: leave out --model, --choose and --json")
     if options.json and not options.json.resolve().parent.is_dir():
         raise SystemExit(f"there is no folder {options.json.resolve().parent}")
     sets = CHOOSE if options.choose else CHOOSE | SETS
@@ -161,27 +164,18 @@ def main() -> None:
     names = (options.data / "names.txt").read_text(encoding="utf-8").splitlines()
     table = measure_sets(model, preprocess, names, options.data, sets)
 
-    print(f"{options.model}: {len(names):,} emoji, {len(TEMPLATES)} templates\n")
-    columns = [*COLUMNS, "plain nouns"]
-    print(f"| never seen in training | images | {' | '.join(columns)} |")
-    print(f"|---|---|{'---|' * len(columns)}")
-    for title, values in table.items():
-        numbers = " | ".join(f"{values[column]:.1%}" if column in values else "" for column in columns)
-        print(f"| {title} | {values['images']:,} | {numbers} |")
-    samples = {} if options.choose else measure_samples(model, preprocess)
-    if samples:
-        found = ", ".join(f"{count} {title}" for title, count in samples.items() if title != "images")
-        print(f"\n{samples['images']} sample images by one plain noun each: {found}")
+    print(f"{options.model}: {len(names):,} emoji, {len(TEMPLATES)} templates\n\n{demo_report.table(table)}")
+    if options.choose:
+        return
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "miniclip": miniclip.__version__}
+    result = {"date": str(date.today()), "model": options.model, "parameters_sha256": checksum(model)}
+    result |= {"versions": versions, "entries": len(names), "templates": TEMPLATES, "sets": table}
+    result["samples"] = measure_samples(model, preprocess)
+    print(f"\n{demo_report.samples(result['samples'])}")
+    if options.publish:
+        demo_report.publish(result)
+        options.json = ROOT / "benchmarks" / "results" / f"demo-{result['date']}.json"
     if options.json:
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "miniclip": miniclip.__version__}
-        result = {"date": str(date.today()), "model": options.model, "parameters_sha256": checksum(model)}
-        result |= {
-            "versions": versions,
-            "entries": len(names),
-            "templates": TEMPLATES,
-            "sets": table,
-            "samples": samples,
-        }
         options.json.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -1,7 +1,8 @@
 """Train a CLIP, from scratch or from given weights, as in section 2 of the paper (arXiv:2103.00020).
 
     python training/emoji_data.py emoji
-    python training/train.py emoji/train runs/demo --half --prompts 0.5 makes the model that load("demo") gives
+    python training/train.py emoji/train runs/demo --half --prompts 0.5 --two-captions --neighbours 4 \\
+        --later 'line/*' --steps 8000               makes the model that load("demo") gives
     python training/train.py my_images runs/mine --config ViT-B/16 --augment photos --batch-size 1024 --steps 50000
     python training/train.py my_images runs/tuned --init ViT-B/32 --augment photos --learning-rate 1e-5
 
