@@ -135,7 +135,13 @@ def test_the_pages_show_the_measured_numbers(tmp_path: Path) -> None:
     result["sets"]["Twemoji"] = {key: value * 0.5 for key, value in result["sets"]["Twemoji"].items()}
     demo_report.publish(result, tmp_path)
     pages = [(tmp_path / name).read_text(encoding="utf-8") for name in PAGES]
-    assert all(page != (ROOT / name).read_text(encoding="utf-8") for page, name in zip(pages, PAGES, strict=True))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    expected = demo_report.pages(result, readme)
+    for page, name in zip(pages, PAGES, strict=True):
+        head, _, rest = (ROOT / name).read_text(encoding="utf-8").partition(demo_report.BEGIN)
+        tail = rest.partition(demo_report.END)[2]
+        assert page == f"{head}{demo_report.BEGIN}\n{expected[name]}\n{demo_report.END}{tail}"
+    assert expected["README.md"].rpartition("```")[2] not in readme
     (tmp_path / "docs" / "demo.md").write_text("no markers", encoding="utf-8")
     with pytest.raises(SystemExit, match=r"docs/demo\.md needs one <!-- demo: begin -->"):
         demo_report.publish(newest_result(), tmp_path)
@@ -155,7 +161,7 @@ def test_a_newly_trained_demo_must_be_at_least_this_good() -> None:
 
 
 def test_each_sample_image_is_found_by_its_plain_noun() -> None:
-    """Not only in the recorded result, and also as a newcomer asks: two labels, the second a sibling."""
+    """The bundled weights find each sample image by its noun, and tell a cat from a dog."""
     model, preprocess = miniclip.load("demo", "cpu")
     assert demo_quality.measure_samples(model, preprocess)["among 12"] == 12
     cat = miniclip.open_image(common.IMAGES / "cat.png")

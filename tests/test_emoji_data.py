@@ -308,3 +308,9 @@ def test_demo_quality_equals_a_zero_shot_classifier(packages: Path, tiny: Path, 
     assert list(result["sets"]["Twemoji"]) == ["images", *demo_quality.COLUMNS, "plain nouns"]
     assert result["sets"]["Twemoji"]["images"] == 2
     assert result["sets"]["Twemoji"]["image→text R@1"] == hits / 2
+    arguments = ["--model", tiny, "--data", tmp_path / "emoji", "--choose", "--json", tmp_path / "choose.json"]
+    assert run_script("training/demo_quality.py", *arguments).returncode == 0
+    assert list(json.loads((tmp_path / "choose.json").read_text())["sets"]) == ["Facebook"]
+    done = run_script("training/demo_quality.py", *arguments, "--publish")
+    assert done.returncode == 2
+    assert "--publish is for all numbers of the demo model" in done.stderr

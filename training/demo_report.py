@@ -24,8 +24,10 @@ def table(sets: dict[str, dict[str, float]]) -> str:
 
 def samples(found: dict[str, int]) -> str:
     """How many of the sample images are found by one noun, as a sentence."""
-    counts = [f"{count} {title}" for title, count in found.items() if title != "images"]
-    return f"Of the {found['images']} sample images, each by its file name as a noun, are right: {', '.join(counts)}."
+    counts = [f"{count} {title} nouns" for title, count in found.items() if title != "images"]
+    return (
+        f"The file name, as a noun, is found for this many of the {found['images']} sample images: {', '.join(counts)}."
+    )
 
 
 def first_command(readme: str) -> str:
@@ -40,12 +42,13 @@ def first_command(readme: str) -> str:
 
 def pages(result: dict[str, Any], readme: str) -> dict[str, str]:
     """What stands between the two marker comments of each page, by the page's path in the repository."""
-    everything = f"{table(result['sets'])}\n\n{samples(result['samples'])}"
+    measured = f"Measured on {result['date']} with torch {result['versions']['torch']}."
+    everything = f"{table(result['sets'])}\n\n{samples(result['samples'])} {measured}"
     twemoji = result["sets"]["Twemoji"]
     short = (
         f"The demo model never saw Twemoji's drawings in training. It finds the right one of 200 plain nouns for "
-        f"{twemoji[NOUNS]:.0%} of the 200 everyday things among them, and the right one of {result['entries']:,} "
-        f"names for {twemoji['image→text R@1']:.0%} of them all."
+        f"{twemoji[NOUNS]:.0%} of the drawings of these things, and the right one of {result['entries']:,} names for "
+        f"{twemoji['image→text R@1']:.0%} of all drawings."
     )
     return {
         "miniclip/data/demo/README.md": everything,
@@ -63,9 +66,10 @@ def publish(result: dict[str, Any], root: Path = ROOT) -> None:
     contents = pages(result, (root / "README.md").read_text(encoding="utf-8"))
     written = {}
     for name, content in contents.items():
-        head, begin, rest = (root / name).read_text(encoding="utf-8").partition(BEGIN)
+        text = (root / name).read_text(encoding="utf-8")
+        head, begin, rest = text.partition(BEGIN)
         _, end, tail = rest.partition(END)
-        if not (begin and end) or BEGIN in tail or END in tail:
+        if text.count(BEGIN) != 1 or text.count(END) != 1 or not end:
             raise SystemExit(f"{name} needs one {BEGIN} and one {END}")
         written[name] = f"{head}{begin}\n{content}\n{end}{tail}"
     for name, text in written.items():

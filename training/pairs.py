@@ -4,7 +4,7 @@ import argparse
 import random
 import sys
 from collections.abc import Iterator, Sequence
-from fnmatch import fnmatch
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, Sampler
 import miniclip
 
 Captions = dict[str, list[str]]  # an image's path within the folder -> its captions, the first of which is its concept
-BEGINNING = 0.1  # the first share of a run, which is easier
+BEGINNING = 0.1  # the first share of a run, without --later's images and without neighbours
 DECODED_BYTES = 2**29  # of drawings that a process keeps in memory: all of the demo's, and not all of a million
 
 
@@ -33,7 +33,7 @@ class Pair(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """N pairs."""
+    """N images, each with C captions."""
 
     pixels: Tensor  # RGBA (N, 4, S, S) uint8
     tokens: Tensor  # (C, N, L) token ids
@@ -79,7 +79,9 @@ def unknown_words(captions: Captions, model: miniclip.CLIP, prompted: bool) -> T
 
 
 class Pairs(Dataset[Pair | None]):
-    """(step, image) -> an image and one of its captions. The same key always gives the same pair.
+    """(step, image) -> an image and one of its captions, or two with --two-captions.
+
+    The same key always gives the same pair.
 
     Step -1 stands for validation: the central square instead of a random crop.
     """
@@ -186,14 +188,17 @@ class Batches(Sampler[list[tuple[int, int]]]):
     A batch never holds two images of one concept (the same first caption). Either caption would be right for the
     other image, and the loss would push them apart.
 
-    In the first tenth of a run the images that match --later are left out, and no neighbours are put together.
+    In about the first tenth of a run the images that match --later are left out, and no neighbours are put together.
+    The epoch in which the tenth ends is finished, but never beyond a fifth of the run.
     """
 
     def __init__(self, captions: Captions, options: argparse.Namespace, start: int, end: int) -> None:
         self.concepts = [texts[0] for texts in captions.values()]
         self.batch_size, self.seed, self.neighbours = options.batch_size, options.seed, options.neighbours
-        self.start, self.end, self.beginning = start, end, BEGINNING * options.steps
-        self.early = {index for index, name in enumerate(captions) if not fnmatch(name, options.later)}
+        self.start, self.end = start, end
+        # Without --later and --neighbours the beginning is like the rest of the run.
+        self.beginning = BEGINNING * options.steps if options.later or options.neighbours > 1 else 0
+        self.early = {index for index, name in enumerate(captions) if not fnmatchcase(name, options.later)}
 
     def __len__(self) -> int:
         return self.end - self.start
@@ -201,9 +206,12 @@ class Batches(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         step = epoch = 0
         while True:
-            for batch in self.epoch(epoch, beginning=step < self.beginning):
+            beginning = step < self.beginning
+            for batch in self.epoch(epoch, beginning):
                 if step == self.end:
                     return
+                if beginning and step >= 2 * self.beginning:
+                    break  # an epoch may be longer than the run
                 if step >= self.start:
                     yield [(step, index) for index in batch]
                 step += 1

@@ -2,12 +2,15 @@
 
     python training/emoji_data.py emoji
     python training/train.py emoji/train runs/demo --half --prompts 0.5 --two-captions --neighbours 4 \\
-        --later 'line/*' --steps 8000               makes the model that load("demo") gives
+        --later 'line/*' --steps 8000
     python training/train.py my_images runs/mine --config ViT-B/16 --augment photos --batch-size 1024 --steps 50000
     python training/train.py my_images runs/tuned --init ViT-B/32 --augment photos --learning-rate 1e-5
 
-The first folder holds images and a captions.csv with the columns image,caption. An image may have several rows; each
-time it is used, one of them is drawn at random. The second folder receives the model in Hugging Face's layout, which
+The first two commands make the model that load("demo") gives.
+
+The first folder holds images and a captions.csv with the columns image,caption. An image may have several rows. The
+first is its concept: a batch never holds two images of one concept. At each step one of the rows is drawn at random;
+with --two-captions, the first one and another one. The second folder receives the model in Hugging Face's layout, which
 miniclip.load and transformers read, the learning curve as CSV and PNG, and the state of the run. Ctrl-C saves the
 state. The same command with --resume continues from there, with the same data in the same order.
 """
@@ -17,7 +20,7 @@ import copy
 import json
 import signal
 from collections.abc import Iterable
-from fnmatch import fnmatch
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import augment
@@ -53,12 +56,7 @@ def train(options: argparse.Namespace) -> None:
     device = usable_device(options.device)
     captions = pairs.read_captions(options.data)
     training, validation = pairs.split(captions, options.validation, options.seed)
-    if not pairs.has_contrast(training):
-        raise SystemExit(f"of {len(captions)} images --validation {options.validation} leaves too few to train on")
-    if not pairs.has_contrast({name: texts for name, texts in training.items() if not fnmatch(name, options.later)}):
-        raise SystemExit(
-            f"--later {options.later!r} leaves too few of the {len(training)} training images to begin with"
-        )
+    check_data(captions, training, options)
     folder = RunFolder(options)
     model, preprocess = new_model(options, captions, device)
     optimiser = optimise.optimiser_for(model, options)
@@ -100,6 +98,17 @@ def train(options: argparse.Namespace) -> None:
 
 
 # -- model and data, before the first step ----------------------------------------------------------------------------
+
+
+def check_data(captions: Captions, training: Captions, options: argparse.Namespace) -> None:
+    """Refuse data of which too little is left to train on."""
+    if not pairs.has_contrast(training):
+        raise SystemExit(f"of {len(captions)} images --validation {options.validation} leaves too few to train on")
+    early = {name: texts for name, texts in training.items() if not fnmatchcase(name, options.later)}
+    if options.later and len(early) == len(training):
+        raise SystemExit(f"--later {options.later!r} matches none of the {len(training)} training images")
+    if not pairs.has_contrast(early):
+        raise SystemExit(f"--later {options.later!r} leaves {len(early)} of {len(training)} training images, too few")
 
 
 def usable_device(name: str | None) -> torch.device:
@@ -264,11 +273,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--init", help="start from this model (a name, path or repository) and its configuration")
     parser.add_argument("--augment", choices=("drawings", "photos"), default="drawings", help="default: drawings")
     parser.add_argument("--outlines", type=float, default=0.2, help="share of drawings made outlines (default: 0.2)")
-    parser.add_argument("--steps", type=int, default=3200)
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, default=3200, help="default: 3200")
+    parser.add_argument("--batch-size", type=int, default=256, help="default: 256")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="default: 0.001")
     parser.add_argument("--warmup", type=int, default=200, help="steps (default: 200)")
-    parser.add_argument("--weight-decay", type=float, default=0.2)
+    parser.add_argument("--weight-decay", type=float, default=0.2, help="default: 0.2")
     parser.add_argument("--clip", type=float, default=1.0, help="the largest norm of all gradients (default: 1)")
     parser.add_argument(
         "--patch-dropout",
@@ -276,6 +285,24 @@ def parse_arguments() -> argparse.Namespace:
         default=0.5,
         help="share of patches dropped until the last tenth of the run (default: 0.5)",
     )
+    add_caption_and_batch_options(parser)
+    parser.add_argument("--validation", type=float, default=0.03, help="share of images held out (default: 0.03)")
+    parser.add_argument("--every", type=int, default=100, help="steps between saved states (default: 100)")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--workers", type=int, default=1, help="processes that decode images (default: 1)")
+    parser.add_argument("--device", help="default: cuda if available, else cpu")
+    parser.add_argument("--half", action="store_true", help="save the model in float16")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the image tower; needs a C++ compiler")
+    parser.add_argument("--resume", action="store_true", help="continue the run in OUT")
+    parser.add_argument("--quiet", action="store_true", help="show no progress bar")
+    options = parser.parse_args()
+    if options.unknown_words is None:
+        options.unknown_words = 0.0 if options.init else 0.3
+    check(options, parser)
+    return options
+
+
+def add_caption_and_batch_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--unknown-words",
         type=float,
@@ -291,34 +318,23 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--two-captions",
         action="store_true",
-        help="use an image's first caption and another one at each step, in a loss of its own (default: one, drawn)",
+        help="at each step use an image's first caption and another one, each with a loss of its own "
+        "(default: one caption, drawn at random)",
     )
     parser.add_argument(
         "--neighbours",
         type=int,
         default=1,
         help="how many images that follow each other in captions.csv are put into a batch together: neighbours that "
-        "resemble each other are hard to tell apart (default: 1)",
+        "resemble each other are hard to tell apart; not in about the first tenth of the run, and not if a batch has "
+        "room for all concepts (default: 1)",
     )
     parser.add_argument(
         "--later",
         default="",
-        help="a pattern of image paths, such as 'line/*', that the first tenth of a run leaves out",
+        help="leave images whose path matches this pattern, such as 'line/*', out of about the first tenth of the run "
+        "(default: none)",
     )
-    parser.add_argument("--validation", type=float, default=0.03, help="share of images held out (default: 0.03)")
-    parser.add_argument("--every", type=int, default=100, help="steps between saved states (default: 100)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=1, help="processes that decode images (default: 1)")
-    parser.add_argument("--device", help="default: cuda if available, else cpu")
-    parser.add_argument("--half", action="store_true", help="save the model in float16")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the image tower; needs a C++ compiler")
-    parser.add_argument("--resume", action="store_true", help="continue the run in OUT")
-    parser.add_argument("--quiet", action="store_true", help="show no progress bar")
-    options = parser.parse_args()
-    if options.unknown_words is None:
-        options.unknown_words = 0.0 if options.init else 0.3
-    check(options, parser)
-    return options
 
 
 def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
