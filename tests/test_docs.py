@@ -66,7 +66,7 @@ class Block:
     text: str
     line: int
     reason: str | None  # why it is not run
-    follows: bool  # nothing but blank lines between it and the block before
+    follows: bool  # nothing but blank lines and marker comments between it and the block before
 
 
 def read_blocks(text: str) -> list[Block]:
@@ -85,7 +85,7 @@ def read_blocks(text: str) -> list[Block]:
             marker = re.fullmatch(r"<!-- not run: (.+) -->", last)
             blocks.append(Block(match[1], "\n".join(body), number + 1, marker and marker[1], not distance))
             last, distance = "", False
-        elif line.strip():
+        elif line.strip() and not re.fullmatch(r"<!-- \w+: (begin|end) -->", line):  # what a script writes between
             last, distance = line.strip(), True
     return blocks
 
