@@ -23,7 +23,8 @@ import torch
 
 import miniclip
 from miniclip import embed
-from miniclip.manifest import canonical_name, run_settings
+from miniclip.manifest import Settings, canonical_name, complete_settings, run_settings
+from miniclip.planning import plan, take_over
 from miniclip.shard_files import Shard
 from miniclip.sources import ImageSource, list_images
 from miniclip.store import EmbeddingStore
@@ -67,8 +68,8 @@ class Worker:
                 "must see it under this path"
             )
         clip, preprocess = self.load()
-        settings = {name: manifest[name] for name in ("batch_size", "shard_size", "fast_decode")}
-        self.store.check_settings(run_settings(self.model, clip, preprocess, **settings))
+        settings = complete_settings(manifest, {"model": self.model})
+        self.store.check_settings(run_settings(settings, clip, preprocess))
         return partial(
             embed.encode_shards,
             clip,
@@ -86,7 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="ViT-B/32", metavar="NAME_OR_PATH", help="default: ViT-B/32")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float16 with --gpus, else float32")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="default: 32")
-    parser.add_argument("--shard-size", type=int, default=10_000, metavar="N", help="default: 10,000")
+    parser.add_argument("--shard-size", type=int, default=1_000, metavar="N", help="default: 1,000")
     parser.add_argument("--fast-decode", action="store_true", help="decode large JPEGs at a fraction of their size")
     parser.add_argument("--address", metavar="ADDRESS", help="of a cluster, or auto (default: a local Ray)")
     parser.add_argument("--actors", type=int, default=1, metavar="N", help="models at a time (default: 1)")
@@ -101,14 +102,15 @@ def main() -> None:
     for name in ("batch_size", "shard_size", "actors", "cpus"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    images, _ = list_images(Path(options.source))
+    found = list_images([Path(options.source)])
     store = EmbeddingStore(Path(options.out).absolute())  # actors run in other working folders
     model = canonical_name(options.model)
     dtype = DTYPES[options.dtype or ("float16" if options.gpus else "float32")]
     with store.lock():
-        numbers = {name: getattr(options, name) for name in ("batch_size", "shard_size", "fast_decode")}
-        store.open_run(run_settings(model, *miniclip.load(model, "cpu", dtype=dtype), **numbers))
-        store.plan(images, options.shard_size)
+        settings = Settings(model, dtype, options.batch_size, options.shard_size, options.fast_decode)
+        store.open_run(run_settings(settings, *miniclip.load(model, "cpu", dtype=dtype)))
+        plan(store, found, options.shard_size)
+        take_over(store)
         if store.pending():
             ray.init(address=options.address, log_to_driver=False)
             if not options.address and ray.cluster_resources().get("GPU", 0) < options.gpus:

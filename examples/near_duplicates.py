@@ -5,7 +5,8 @@
     python examples/near_duplicates.py vectors --at-least 0.99
 
 Two images are near-identical when the cosine of their vectors is at least the threshold. A group contains all images
-that are connected by such pairs, so two images of a group may be less similar. The right threshold depends on the model
+that are connected by such pairs, so two images of a group may be less similar. Beside each image stands its cosine with
+the first one of the group. The right threshold depends on the model
 and on what you call identical: look at the groups before you delete anything. Do not use 1: because of float16 rounding
 an image may score 0.9997 against itself. Every pair is compared, so the time grows with the square of the number of
 images.
@@ -79,14 +80,27 @@ def main() -> None:
         parser.error(f"--at-least must be from -1 to 1, got {options.at_least}")
 
     index = miniclip.Index.open(options.folder)
-    found = groups(len(index), near_pairs(blocks(index.vectors()), options.at_least))
+    alive = (~index.dead).nonzero()[:, 0].tolist()
+    living = (part[~dead] if dead.any() else part for part, dead in zip(index.vectors(), dead_parts(index)))
+    found = [
+        [alive[row] for row in group] for group in groups(len(alive), near_pairs(blocks(living), options.at_least))
+    ]
     paths = iter(index.paths(row for group in found for row in group))
     for number, group in enumerate(found, start=1):
         print(f"group {number}")
-        for path in islice(paths, len(group)):
-            print(f"  {path}")
+        first = index.vector(group[0])
+        for row, path in zip(group, islice(paths, len(group))):
+            print(f"  {first @ index.vector(row):.4f}  {path}")
     duplicates = sum(len(group) - 1 for group in found)
-    print(f"{len(index):,} images, {len(found):,} groups: {duplicates:,} near-duplicates")
+    print(f"{len(alive):,} images, {len(found):,} groups: {duplicates:,} near-duplicates")
+
+
+def dead_parts(index: miniclip.Index) -> Iterator[np.ndarray]:
+    """For each shard, which of its rows are dead."""
+    start = 0
+    for part in index.vectors():
+        yield index.dead[start : start + len(part)].numpy()
+        start += len(part)
 
 
 if __name__ == "__main__":

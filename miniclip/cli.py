@@ -7,28 +7,35 @@ import contextlib
 import io
 import json
 import os
-import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn, TypeVar
 
 import torch
 
 from miniclip.checkpoint import open_checkpoint
+from miniclip.classify_command import advice, answer_lines, as_csv, as_json, images_of, labels_of
 from miniclip.config import CLIPConfig
 from miniclip.demo_tour import tour
-from miniclip.embed import Progress, Summary, embed_images
-from miniclip.errors import ConfigError, ImageError, MiniclipError
+from miniclip.embed import embed_images
+from miniclip.embed_command import EMOJI_ONLY, ProgressPrinter, print_summary
+from miniclip.errors import ImageError, InputError, MiniclipError, StorageError
+from miniclip.files import atomic_write
+from miniclip.html_page import page
 from miniclip.hub import BUNDLED, KNOWN, cached_model
 from miniclip.images import open_image
 from miniclip.loading import load
+from miniclip.planning import prune
 from miniclip.search import Index
+from miniclip.serve import serve
+from miniclip.store import EmbeddingStore
 from miniclip.version import __version__
 from miniclip.zero_shot import Answer, ZeroShotClassifier
 
-_SECONDS_BETWEEN_LINES = 30
-_EMOJI_ONLY = "drawings of emoji are all that the demo model knows; for photos, embed them with --model ViT-B/32"
+T = TypeVar("T")
+_MANY = 20  # images that take long enough for a progress bar
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -62,13 +69,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that tells what to do with a text that begins with "-"."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: -") or message.endswith("expected one argument"):
+            message += ' (put "--" before texts that begin with "-", and write --not=TEXT)'
+        super().error(message)
+
+
 def _print_error(message: str) -> None:
     if sys.stderr is not None:  # if it was closed before the program started, print would write to stdout
         print(f"miniclip: {message}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="miniclip", description="Images and words in one space: OpenAI's CLIP.")
+    parser = _Parser(prog="miniclip", description="Images and words in one space: OpenAI's CLIP.")
     parser.add_argument("--version", action="version", version=f"miniclip {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     shows = "show what the demo model can and cannot do"
@@ -96,17 +112,36 @@ def _parser() -> argparse.ArgumentParser:
             description="Find the images nearest to a text, to an image, or to both, in a folder that embed made.",
         )
     )
+    pruned = commands.add_parser(
+        "prune",
+        help="remove the vectors of missing and changed images",
+        description="Remove from a folder that embed made the vectors of images that the last run no longer found, or "
+        "found changed. A search does not show these images in any case.",
+    )
+    pruned.add_argument("folder", metavar="DIR", help="the folder of the vectors")
+    pruned.set_defaults(run=_prune)
+    served = commands.add_parser(
+        "serve",
+        help="look at a folder of vectors in a browser",
+        description="Serve one page over a folder that embed made: search by words or by an image, and classify.",
+    )
+    served.add_argument("folder", metavar="DIR", help="the folder of the vectors")
+    served.add_argument("--port", type=int, default=7860, metavar="N", help="default: 7860; 0 takes a free one")
+    served.add_argument("--host", default="127.0.0.1", metavar="HOST", help="default: 127.0.0.1, this computer alone")
+    served.add_argument("--token", metavar="SECRET", help="what a client must know; needed with another --host")
+    served.add_argument("--model", metavar="NAME_OR_PATH", help="where the model of the vectors is now")
+    served.set_defaults(run=_serve)
     names = "list the models known by name"
     commands.add_parser("models", help=names, description=f"{names.capitalize()}.").set_defaults(run=_models)
     return parser
 
 
 def _add_classify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, folders, or patterns such as '*.jpg'")
     parser.add_argument(
         "--labels",
         nargs="+",
-        required=True,
+        default=[],
         metavar="LABEL",
         help="the possible answers; each one replaces {} in the template",
     )
@@ -122,47 +157,80 @@ def _add_classify(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:N or mps (default: cuda if available)")
     parser.add_argument("--dtype", choices=_DTYPES, help="default: float32 on the CPU, float16 on CUDA")
-    parser.add_argument("--json", action="store_true", help="print a list of {image, labels: [{label, probability}]}")
-    parser.set_defaults(run=_classify)
+    parser.add_argument("--labels-file", metavar="FILE", help="more labels, one in each line; - is standard input")
+    parser.add_argument("--top-k", type=int, metavar="N", help="print only the N most probable labels")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print a list of {image, labels: [{label, probability}]}")
+    form.add_argument("--csv", action="store_true", help="print lines of image,label,probability")
+    parser.set_defaults(run=_classify, usage_error=parser.error)
 
 
 def _add_embed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
+        nargs="+",
         metavar="SOURCE",
-        help="a folder, a .tar, or a text file of paths (relative paths start at the current folder)",
+        help="folders, images, .tar files, or text files of paths (relative paths start at the current folder)",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder of the vectors")
-    parser.add_argument("--model", default="ViT-B/32", metavar="NAME_OR_PATH", help="default: ViT-B/32")
+    parser.add_argument(
+        "--model", metavar="NAME_OR_PATH", help="default: the model of DIR if it holds vectors, else ViT-B/32"
+    )
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:N or mps (default: cuda if available)")
     parser.add_argument("--dtype", choices=_DTYPES, help="for the computation; vectors are stored in float16")
     parser.add_argument(
         "--batch-size",
         type=int,
-        default=32,
         metavar="N",
-        help="images that go through the model together (default: 32)",
+        help="images that go through the model together (default: that of DIR, else 32)",
     )
     parser.add_argument("--workers", type=int, metavar="N", help="threads that decode (default: one for each core)")
     parser.add_argument(
-        "--shard-size", type=int, default=10_000, metavar="N", help="images in one shard (default: 10,000)"
+        "--shard-size", type=int, metavar="N", help="images in one shard (default: that of DIR, else 1,000)"
     )
     parser.add_argument(
-        "--fast-decode", action="store_true", help="decode large JPEGs at a fraction of their size; faster, not exact"
+        "--fast-decode",
+        action=argparse.BooleanOptionalAction,
+        help="decode large JPEGs at a fraction of their size; faster, not exact (default: as DIR was made)",
     )
+    parser.add_argument(
+        "--exclude", action="append", default=[], metavar="PATTERN", help="leave out files or folders, such as 'raw/'"
+    )
+    parser.add_argument(
+        "--no-default-excludes",
+        dest="default_excludes",
+        action="store_false",
+        help="take hidden folders, waste bins, thumbnails and the insides of photo libraries too",
+    )
+    parser.add_argument("--follow-links", action="store_true", help="enter folders through symbolic links")
     parser.add_argument("--quiet", action="store_true", help="print no progress, only errors")
     parser.set_defaults(run=_embed)
 
 
 def _add_search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR", help="the folder of the vectors")
-    parser.add_argument("text", nargs="?", metavar="TEXT", help='what to look for, such as "a dog in the snow"')
+    parser.add_argument(
+        "text", nargs="*", metavar="TEXT", help='what to look for, such as "a dog in the snow"; several texts are added'
+    )
     parser.add_argument("--image", metavar="IMAGE", help="an image to compare with")
+    parser.add_argument(
+        "--not",
+        dest="without",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="a text to avoid; repeatable",
+    )
+    parser.add_argument("--template", default="{}", metavar="TEXT", help='the prompt around a text (default: "{}")')
+    parser.add_argument("--truncate", action="store_true", help="cut texts that are too long for the model")
+    parser.add_argument("--min-score", type=float, metavar="COSINE", help="leave out images with a lower score")
     parser.add_argument(
         "--model", metavar="NAME_OR_PATH", help="where the model of the vectors is now, if it has moved"
     )
     parser.add_argument("-k", type=int, default=10, metavar="N", help="how many images (default: 10)")
-    parser.add_argument("--json", action="store_true", help="print a list of {path, score}")
+    parser.add_argument("--html", metavar="FILE", help="also write a page with thumbnails, to look at or to send")
+    parser.add_argument("--missing", action="store_true", help="show missing images too, marked as such")
+    parser.add_argument("--json", action="store_true", help="print a list of {path, score, missing}")
     parser.set_defaults(run=_search)
 
 
@@ -173,26 +241,49 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _classify(options: argparse.Namespace) -> int:
+    if not options.labels and options.labels_file is None:
+        options.usage_error("give --labels or --labels-file")
+    if options.top_k is not None and options.top_k < 1:
+        raise InputError(f"--top-k must be at least 1, got {options.top_k}")
+    labels, images = labels_of(options.labels, options.labels_file), images_of(options.images)
+    if text := advice(labels):
+        _print_error(text)
     dtype = _DTYPES[options.dtype] if options.dtype else None
     model, preprocess = load(options.model, options.device, dtype=dtype)
-    classifier = ZeroShotClassifier(model, preprocess, options.labels, options.template)
-    results: list[dict[str, object]] = []
+    classifier = ZeroShotClassifier(model, preprocess, labels, options.template)
+    results: list[tuple[str, Answer | ImageError]] = []
     failed = 0
-    for path, answer in _answers(classifier, options.images):
+    if options.csv:
+        print(as_csv([("image", "label", "probability")]))
+    for path, answer in _bar(_answers(classifier, images), len(images)):
         if isinstance(answer, ImageError):
             failed += 1
             _print_error(str(answer))
-            results.append({"image": path, "error": answer.reason})
-        elif options.json:
-            labels = [{"label": label, "probability": probability} for label, probability in answer]
-            results.append({"image": path, "labels": labels})
         else:
-            print(
-                "\n".join(answer_lines(path, answer, bars=sys.stdout is not None and sys.stdout.isatty())), flush=True
-            )
+            answer = answer[: options.top_k]
+        if options.json:
+            results.append((path, answer))
+        elif isinstance(answer, ImageError):
+            continue
+        elif options.csv:
+            print(as_csv([(path, label, f"{probability:.4f}") for label, probability in answer]), flush=True)
+        else:
+            bars = sys.stdout is not None and sys.stdout.isatty()
+            print("\n".join(answer_lines(path, answer, bars)), flush=True)
     if options.json:
-        print(json.dumps(results, indent=2, allow_nan=False))  # ASCII, so that any file name survives any encoding
+        print(as_json(results))
     return 1 if failed else 0
+
+
+def _bar(items: Iterable[T], total: int) -> Iterable[T]:
+    """The items, with a progress bar if they are many and the answers do not appear on the same terminal."""
+    if total < _MANY or sys.stderr is None or not sys.stderr.isatty() or (sys.stdout and sys.stdout.isatty()):
+        return items
+    with contextlib.suppress(ImportError):  # tqdm is not needed to classify
+        from tqdm import tqdm
+
+        return tqdm(items, total=total, unit=" images", dynamic_ncols=True)
+    return items
 
 
 def _answers(classifier: ZeroShotClassifier, paths: Sequence[str]) -> Iterator[tuple[str, Answer | ImageError]]:
@@ -206,25 +297,10 @@ def _answers(classifier: ZeroShotClassifier, paths: Sequence[str]) -> Iterator[t
             yield path, classifier(image)
 
 
-def answer_lines(path: str, answer: Answer, bars: bool) -> Iterator[str]:
-    """The lines of one answer: with ``bars`` a heading and a bar chart, else path, label, probability with tabs."""
-    if not bars:
-        for label, probability in answer:
-            yield f"{path}\t{label}\t{probability:.4f}"
-        return
-    width = max(len(label) for label, _ in answer)
-    room = max(10, min(40, shutil.get_terminal_size().columns - width - 12))
-    full = "█" if (sys.stdout.encoding or "").lower().startswith("utf") else "#"
-    yield path
-    for label, probability in answer:
-        yield f"  {label:<{width}}  {probability:6.1%}  {full * round(probability * room)}"
-
-
 def _embed(options: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", module=r"PIL\.")  # Pillow would warn about many of a million files
     dtype = _DTYPES[options.dtype] if options.dtype else None
-    note = _EMOJI_ONLY if options.model in BUNDLED else None
-    printer = None if options.quiet or sys.stderr is None else _ProgressPrinter(note)
+    printer = None if options.quiet or sys.stderr is None else ProgressPrinter(_print_error)
     try:
         done = embed_images(
             options.source,
@@ -236,96 +312,77 @@ def _embed(options: argparse.Namespace) -> int:
             workers=options.workers,
             shard_size=options.shard_size,
             fast_decode=options.fast_decode,
+            exclude=options.exclude,
+            default_excludes=options.default_excludes,
+            follow_links=options.follow_links,
             progress=printer,
         )
+    except KeyboardInterrupt:
+        kept = sum(shard.count_vectors() for shard in EmbeddingStore(Path(options.out)).complete())
+        _print_error(f"interrupted: {options.out} holds {kept:,} vectors, and the same command goes on after them")
+        return 130
     finally:
         if printer:
             printer.close()
     with contextlib.suppress(BrokenPipeError):  # the run is complete, whether or not somebody reads the summary
-        _print_summary(options, done)
+        print_summary(options, done, _print_error)
     return 0 if done.total else 1
-
-
-def _print_summary(options: argparse.Namespace, done: Summary) -> None:
-    if not options.quiet:
-        rate = f" in {_duration(done.seconds)}" if done.embedded else ""
-        skipped = f"; {done.skipped:,} other files were skipped" if done.skipped else ""
-        print(f"{options.out}: {done.embedded:,} images embedded{rate}, {done.total:,} in all{skipped}")
-    if done.failed:
-        files = "1 file" if done.failed == 1 else f"{done.failed:,} files"
-        _print_error(f"{files} could not be embedded; see {os.path.join(options.out, 'failures.jsonl')}")
-
-
-class _ProgressPrinter:
-    """Prints the progress of a run to stderr: a bar on a terminal, otherwise a line now and then.
-
-    ``note`` is printed once, before the first image is embedded. So a run that fails earlier prints only its error.
-    """
-
-    def __init__(self, note: str | None) -> None:
-        self._note = note
-        self._bar: Any = None
-        self._next = 0.0
-
-    def __call__(self, progress: Progress) -> None:
-        with contextlib.suppress(OSError):  # a closed stderr is no reason to stop the run
-            self._show(progress)
-
-    def _show(self, progress: Progress) -> None:
-        if not progress.total:
-            return
-        if self._note:
-            _print_error(self._note)
-            self._note = None
-        if sys.stderr.isatty():
-            if self._bar is None:
-                try:
-                    from tqdm import tqdm
-                except ImportError:
-                    raise ConfigError(
-                        'the package tqdm is missing: pip install -c constraints.txt -e ".[embed]"'
-                    ) from None
-                self._bar = tqdm(total=progress.total, unit=" images", dynamic_ncols=True)
-            self._bar.set_postfix_str(f"{progress.failed:,} failed", refresh=False)
-            self._bar.update(progress.done - self._bar.n)
-        elif not progress.done:
-            print(f"{progress.total:,} images to embed", file=sys.stderr, flush=True)
-        elif progress.seconds >= self._next or progress.done == progress.total:
-            self._next = progress.seconds + _SECONDS_BETWEEN_LINES
-            rate = progress.done / progress.seconds if progress.seconds else 0.0
-            left = (progress.total - progress.done) / rate if rate else 0.0
-            print(
-                f"{progress.done:,} of {progress.total:,} images, {progress.failed:,} failed, {rate:.1f} a second, "
-                f"{_duration(left)} left",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
 
 
 def _search(options: argparse.Namespace) -> int:
     index = Index.open(options.folder, options.model)
     image = open_image(options.image) if options.image else None
-    matches = index.search(options.text, image, options.k)
+    matches = index.search(
+        options.text,
+        image,
+        options.k,
+        without=options.without,
+        template=options.template,
+        truncate=options.truncate,
+        min_score=options.min_score,
+        missing=options.missing,
+    )
+    if options.html:
+        text = page(index, matches, _title(options))
+        try:
+            atomic_write(Path(options.html), text.encode("utf-8", "backslashreplace"))
+        except OSError as error:
+            raise StorageError(f"{options.html} cannot be written ({error.strerror})") from None
     if index.manifest["model"] in BUNDLED and not options.json:  # a program that reads JSON needs no advice
-        _print_error(_EMOJI_ONLY)
+        _print_error(EMOJI_ONLY)
     if options.json:
-        print(json.dumps([{"path": match.path, "score": round(match.score, 6)} for match in matches], indent=2))
+        rows = [{"path": match.path, "score": round(match.score, 6), "missing": match.missing} for match in matches]
+        print(json.dumps(rows, indent=2))
     elif sys.stdout is not None and sys.stdout.isatty():
         for rank, match in enumerate(matches, start=1):
-            print(f"{rank:>4}  {match.score:.3f}  {match.path}")
+            print(f"{rank:>4}  {match.score:.3f}  {match.path}{'  (missing)' * match.missing}")
     else:
         for match in matches:
-            print(f"{match.path}\t{match.score:.4f}")
+            print(f"{match.path}\t{match.score:.4f}{chr(9) + 'missing' if match.missing else ''}")
+    return 0
+
+
+def _title(options: argparse.Namespace) -> str:
+    """What was searched for: "a dog + photo.jpg, but not snow"."""
+    wanted = " + ".join([*options.text, *([options.image] if options.image else [])])
+    return f"{wanted}, but not {', not '.join(options.without)}" if options.without else wanted
+
+
+def _prune(options: argparse.Namespace) -> int:
+    done = prune(EmbeddingStore(Path(options.folder)))
+    print(f"{options.folder}: {done.missing:,} missing and {done.changed:,} changed images removed, {done.left:,} left")
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    serve(
+        Path(options.folder),
+        options.host,
+        options.port,
+        options.token,
+        options.model,
+        lambda text: print(text, flush=True),
+    )
     return 0
 
 

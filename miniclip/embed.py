@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import os
 import time
 from collections import deque
@@ -18,19 +17,22 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, tee
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from miniclip.errors import ConfigError, ImageError, InputError
+from miniclip.folders import Rules
 from miniclip.images import decode_image
 from miniclip.loading import load
-from miniclip.manifest import run_settings
+from miniclip.manifest import complete_settings, run_settings
 from miniclip.model import CLIP
+from miniclip.planning import plan, take_over
 from miniclip.preprocess import Preprocess
 from miniclip.shard_files import Failure, Shard
-from miniclip.sources import ImageSource, list_images, stat_image
+from miniclip.sources import ImageSource, checksum, list_images, stat_image
 from miniclip.store import EmbeddingStore
 
 # Storage errors, worth a retry. EINVAL is not among them: Pillow causes it by seeking in damaged files.
@@ -48,7 +50,15 @@ _BATCHES_AHEAD = 2
 
 # -- shards -----------------------------------------------------------------------------------------------------------
 
-Decoded = np.ndarray | Failure  # (3, S, S) uint8, or why the image could not be decoded
+
+class Pixels(NamedTuple):
+    """A decoded image."""
+
+    values: np.ndarray  # (3, S, S) uint8
+    checksum: str  # of the file's bytes
+
+
+Decoded = Pixels | Failure  # or why the image could not be decoded
 
 
 def decode(source: ImageSource, preprocess: Preprocess, min_side: int | None) -> Decoded:
@@ -67,17 +77,15 @@ def decode(source: ImageSource, preprocess: Preprocess, min_side: int | None) ->
     if now.size != -1 and now.stat != source.stat:  # the next run lists the new file, which would then be there twice
         return Failure("has changed since it was listed: run the same command again to embed the new file")
     try:
-        if source.member is None:
-            return preprocess.to_pixels(decode_image(source.path, source.path, min_side))
-        with open(source.path, "rb") as file:
-            file.seek(source.offset)
-            data = file.read(source.length)
-        return preprocess.to_pixels(decode_image(io.BytesIO(data), source.name, min_side))
+        with source.open() as file:
+            values = preprocess.to_pixels(decode_image(file, source.name, min_side))
+            return Pixels(values, checksum(file))
     except ImageError as error:
         return Failure(error.reason, retry=source.size != -1 and is_storage_error(error.__cause__))
     except Exception as error:  # whatever one image provokes must not end a run of millions
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        return Failure(f"cannot be read ({reason})", retry=is_storage_error(error))
+        text = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({reason})"
+        return Failure(text, retry=source.size != -1 and is_storage_error(error))
 
 
 def is_storage_error(error: BaseException | None) -> bool:
@@ -166,7 +174,7 @@ def encode_shards(
         decode_ahead(to_decode, preprocess, min_side, workers or available_cores(), ahead)
     ) as stream:
         for listing in listings:
-            shard = Shard(np.zeros((0, model.config.embed_dim), np.float16), [], {})
+            shard = Shard(np.zeros((0, model.config.embed_dim), np.float16), [], {}, [])
             batches = [shard.vectors]
             for start in range(0, len(listing), batch_size):
                 rows = range(start, min(start + batch_size, len(listing)))
@@ -174,6 +182,7 @@ def encode_shards(
                 batches.append(batch.vectors)
                 shard.rows += batch.rows
                 shard.failures |= batch.failures
+                shard.checksums += batch.checksums
                 report(len(rows), len(batch.failures))
             shard.vectors = np.concatenate(batches)
             yield shard
@@ -182,14 +191,15 @@ def encode_shards(
 def _encode_batch(model: CLIP, preprocess: Preprocess, decoded: Mapping[int, Decoded]) -> Shard:
     """One batch of a shard, given by row in the listing: its vectors, their rows, and the failed rows."""
     failures = {row: result for row, result in decoded.items() if isinstance(result, Failure)}
-    pixels = {row: result for row, result in decoded.items() if not isinstance(result, Failure)}
-    if not pixels:
-        return Shard(np.zeros((0, model.config.embed_dim), np.float16), [], failures)
-    vectors = encode(model, preprocess, [*pixels.values()])
+    images = {row: result for row, result in decoded.items() if isinstance(result, Pixels)}
+    if not images:
+        return Shard(np.zeros((0, model.config.embed_dim), np.float16), [], failures, [])
+    vectors = encode(model, preprocess, [image.values for image in images.values()])
     finite = np.isfinite(vectors).all(axis=1)
     dtype = str(model.dtype).removeprefix("torch.")
-    failures |= {row: Failure(f"its vector is not finite in {dtype}") for row, good in zip(pixels, finite) if not good}
-    return Shard(vectors[finite], [row for row, good in zip(pixels, finite) if good], failures)
+    failures |= {row: Failure(f"its vector is not finite in {dtype}") for row, good in zip(images, finite) if not good}
+    rows = [row for row, good in zip(images, finite) if good]
+    return Shard(vectors[finite], rows, failures, [images[row].checksum for row in rows])
 
 
 def available_cores() -> int:
@@ -207,15 +217,21 @@ class Summary:
     Attributes:
         embedded: images that this run embedded.
         failed: images that this run could not embed.
-        skipped: files whose suffix is not that of an image.
+        taken: images that were embedded before, under another name or with another time.
+        skipped: the suffixes that are not those of images -> how many files have them.
+        excluded: files and folders that were left out, by the default rules or by ``exclude``.
+        links: links to folders that were not followed.
         shards: shards that this run wrote.
-        total: vectors in the folder, those of earlier runs included.
+        total: vectors in the folder that a search finds, those of earlier runs included.
         seconds: how long the run took.
     """
 
     embedded: int
     failed: int
-    skipped: int
+    taken: int
+    skipped: Mapping[str, int]
+    excluded: int
+    links: int
     shards: int
     total: int
     seconds: float
@@ -230,25 +246,30 @@ class Progress:
         failed: images that could not be embedded.
         total: images that this run has to process.
         seconds: time since the first image.
+        model: the name of the model.
     """
 
     done: int
     failed: int
     total: int
     seconds: float
+    model: str
 
 
 def embed_images(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     out: str | os.PathLike[str],
-    model: str | os.PathLike[str] = "ViT-B/32",
+    model: str | os.PathLike[str] | None = None,
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     workers: int | None = None,
-    shard_size: int = 10_000,
-    fast_decode: bool = False,
+    shard_size: int | None = None,
+    fast_decode: bool | None = None,
+    exclude: Sequence[str] = (),
+    default_excludes: bool = True,
+    follow_links: bool = False,
     progress: Callable[[Progress], object] | None = None,
 ) -> Summary:
     """Embed every image of ``source`` into the folder ``out``, or continue an interrupted run.
@@ -257,54 +278,62 @@ def embed_images(
     time. A bad file does not end a run: failures.jsonl lists it with the reason. It is tried again once it has changed,
     or, if it could not be read, once it can be read.
 
+    Model and settings that are not given are those with which ``out`` was made, and for a new folder the defaults.
+
     Args:
-        source: a folder, with all its subfolders; a .tar, as img2dataset writes them; or a text file of paths.
+        source: one source or several: a folder, with all its subfolders; an image; a .tar, as img2dataset writes them;
+            or a text file of paths.
         out: the folder of the embeddings. It is created if it is missing.
-        model: what to load, as ``name`` in ``load``.
+        model: what to load, as ``name`` in ``load``. Default: ViT-B/32.
         device: as in ``load``.
         dtype: as in ``load``, for the computation. Vectors are stored in float16.
-        batch_size: images that go through the model together.
+        batch_size: images that go through the model together. Default: 32.
         workers: threads that decode; by default one for each core.
-        shard_size: images in one shard.
+        shard_size: images in one shard, which an interruption loses at most. Default: 1,000.
         fast_decode: decode large JPEGs at a half, a quarter or an eighth of their size, if that is still at least one
             and a half times the size that the model takes. This is several times faster for photos of many megapixels,
-            and not exact (see ``open_image``).
+            and not exact (see ``open_image``). Default: no.
+        exclude: patterns of what to leave out in folders (see ``folders.Rules``).
+        default_excludes: leave out what other programs keep beside photos: hidden folders, names that begin with "._",
+            waste bins, thumbnails, and all but the originals in photo libraries.
+        follow_links: enter folders through symbolic links. No folder is entered twice.
         progress: called before the first batch and after every batch.
 
     Returns:
         What the run did.
 
     Raises:
-        InputError: if the source cannot be read or contains no images, or if a number is out of range.
-        ConfigError: if ``out`` was created with other settings (the error names the first that differs), or if another
-            run is writing to it.
+        InputError: if a source cannot be read, if none contains images, or if a number is out of range.
+        ConfigError: if ``out`` was created with another model or settings (the error names the difference), or if
+            another run is writing to it.
         StorageError: if ``out`` cannot be written. Complete shards stay complete.
         MiniclipError: as ``load`` does, if the model cannot be loaded.
     """
     for name, number in (("batch_size", batch_size), ("shard_size", shard_size), ("workers", workers)):
-        if not (name == "workers" and number is None) and (type(number) is not int or number < 1):
+        if number is not None and (type(number) is not int or number < 1):
             raise InputError(f"{name} must be an int of at least 1, got {number!r}")
-    if not os.fspath(source):
-        raise InputError("the source is an empty path")
+    sources = [source] if isinstance(source, str | os.PathLike) else list(source)
+    if not sources or not all(map(os.fspath, sources)):
+        raise InputError("the source is an empty path" if sources else "there is no source")
     began = time.perf_counter()
     store = EmbeddingStore(Path(out))
-    images, skipped = list_images(Path(source))
-    clip, preprocess = load(model, device, dtype=dtype)
-    settings = run_settings(
-        model, clip, preprocess, batch_size=batch_size, shard_size=shard_size, fast_decode=fast_decode
-    )
+    listing = list_images([*map(Path, sources)], Rules.of(exclude, default_excludes, follow_links))
+    given = {"model": model, "dtype": dtype, "batch_size": batch_size, "shard_size": shard_size}
+    chosen = complete_settings(store.manifest(), {**given, "fast_decode": fast_decode})
+    clip, preprocess = load(chosen.model, device, dtype=chosen.dtype)
     with store.lock():
-        store.open_run(settings)
-        store.plan(images, shard_size)
-        del images  # the list may be long
+        store.open_run(run_settings(chosen, clip, preprocess))
+        plan(store, listing, chosen.shard_size)
+        listing.images.clear()  # the list may be long
+        taken = take_over(store)
         pending = store.pending()
-        counter = _Counter(sum(shard.count_images() for shard in pending), progress)
+        counter = _Counter(sum(shard.count_images() for shard in pending), os.fspath(chosen.model), progress)
         shards = encode_shards(
             clip,
             preprocess,
             (shard.read_listing() for shard in pending),
-            batch_size=batch_size,
-            fast_decode=fast_decode,
+            batch_size=chosen.batch_size,
+            fast_decode=chosen.fast_decode,
             workers=workers,
             report=counter.add,
         )
@@ -312,16 +341,18 @@ def embed_images(
             for files, shard in zip(pending, shards):
                 files.write(shard)
         total = store.write_failure_summary()
-    embedded = counter.done - counter.failed
-    return Summary(embedded, counter.failed, skipped, len(pending), total, time.perf_counter() - began)
+    embedded, seconds = counter.done - counter.failed, time.perf_counter() - began
+    left_out = (dict(listing.skipped), listing.excluded, listing.links)
+    return Summary(embedded, counter.failed, taken, *left_out, len(pending), total, seconds)
 
 
 class _Counter:
     """Counts the images of a run and reports the progress."""
 
-    def __init__(self, total: int, progress: Callable[[Progress], object] | None) -> None:
+    def __init__(self, total: int, model: str, progress: Callable[[Progress], object] | None) -> None:
         self.done = self.failed = 0
         self._total = total
+        self._model = model
         self._progress = progress
         self._started = time.perf_counter()
         self.add(0, 0)
@@ -330,4 +361,6 @@ class _Counter:
         self.done += done
         self.failed += failed
         if self._progress:
-            self._progress(Progress(self.done, self.failed, self._total, time.perf_counter() - self._started))
+            self._progress(
+                Progress(self.done, self.failed, self._total, time.perf_counter() - self._started, self._model)
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
 import re
@@ -92,6 +93,11 @@ def load(
     return model.eval().requires_grad_(False), preprocess
 
 
+def weights_files(name: str | os.PathLike[str]) -> list[Path]:
+    """The files from which ``load(name)`` reads weights. Errors are those of ``load``."""
+    return [Path(path) for path in open_checkpoint(_find(name, None)[1]).files]
+
+
 def weights_sha256(name: str | os.PathLike[str]) -> str:
     """The checksum of the weights that ``load(name)`` reads.
 
@@ -104,9 +110,8 @@ def weights_sha256(name: str | os.PathLike[str]) -> str:
     Raises:
         MiniclipError: as ``load`` does, if the name means nothing or the weights cannot be read or downloaded.
     """
-    checkpoint = open_checkpoint(_find(name, None)[1])
     digests = []
-    for path in checkpoint.files:
+    for path in weights_files(name):
         with open(path, "rb") as file:
             digests.append(hashlib.file_digest(file, "sha256").hexdigest())
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
@@ -137,8 +142,16 @@ def _find(
             f"{text} is a ResNet; miniclip has OpenAI's Vision Transformers: {', '.join(hub.KNOWN)}"
         )
     raise UnknownModelError(
-        f"{text!r} is neither an existing path, nor a known model ({names}), nor a Hub repository (owner/name)"
+        f"{text!r} is neither an existing path, nor a known model ({names}), nor a Hub repository "
+        f"(owner/name){_did_you_mean(text)}"
     )
+
+
+def _did_you_mean(text: str) -> str:
+    """The known name that a mistyped one resembles, as a question: "vit-b32" resembles ViT-B/32."""
+    plain = {re.sub("[^a-z0-9]", "", name.lower()): name for name in hub.available_models()}
+    near = difflib.get_close_matches(re.sub("[^a-z0-9]", "", text.lower()), plain, n=1, cutoff=0.75)
+    return f": did you mean {plain[near[0]]}?" if near else ""
 
 
 def _is_repository(text: str) -> bool:

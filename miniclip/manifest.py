@@ -5,28 +5,32 @@ Two runs may add to one folder only if their vectors can be compared with each o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
 import torch
 
 from miniclip.errors import ConfigError
+from miniclip.files import atomic_write
 from miniclip.hub import BUNDLED
 from miniclip.huggingface import preprocess_to_dict
-from miniclip.loading import weights_sha256
+from miniclip.loading import weights_files, weights_sha256
 from miniclip.model import CLIP
 from miniclip.preprocess import Preprocess
 from miniclip.version import __version__
 
 MANIFEST = "manifest.json"
-_FORMAT = 1
+_MEMORY = ".weights.json"  # which files had which checksum when they were last read
+_FORMAT = 2
 
 
 def canonical_name(name: str | os.PathLike[str]) -> str:
@@ -36,35 +40,78 @@ def canonical_name(name: str | os.PathLike[str]) -> str:
     return os.path.abspath(path) if text not in BUNDLED and os.path.exists(path) else text
 
 
-def model_fingerprint(name: str | os.PathLike[str], model: CLIP, preprocess: Preprocess) -> dict[str, Any]:
-    """Everything about the model that changes the vector of an image."""
+def model_fingerprint(
+    name: str | os.PathLike[str], model: CLIP, preprocess: Preprocess, sha256: str | None = None
+) -> dict[str, Any]:
+    """Everything about the model that changes the vector of an image. ``sha256`` of the weights spares reading them."""
     return {
         "model": canonical_name(name),
-        "weights_sha256": weights_sha256(name),
+        "weights_sha256": sha256 or weights_sha256(name),
         "config": asdict(model.config),
         "preprocess": {**preprocess_to_dict(preprocess), "convention": preprocess.convention},
     }
 
 
-def run_settings(
-    name: str | os.PathLike[str],
-    model: CLIP,
-    preprocess: Preprocess,
-    *,
-    batch_size: int,
-    shard_size: int,
-    fast_decode: bool,
-) -> dict[str, Any]:
+def remembered_sha256(folder: Path, name: str | os.PathLike[str]) -> str:
+    """``weights_sha256(name)``, from the folder's memory if the files have the same size, time and inode as then.
+
+    Reading the weights takes longer than a search. A folder that cannot be written remembers nothing.
+    """
+    statuses = [path.stat() for path in weights_files(name)]
+    files = [[status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino] for status in statuses]
+    memory = folder / _MEMORY
+    with contextlib.suppress(OSError, ValueError, RecursionError, TypeError, KeyError):
+        seen = json.loads(memory.read_text(encoding="utf-8"))
+        if seen["files"] == files and re.fullmatch("[0-9a-f]{64}", seen["sha256"]):
+            return str(seen["sha256"])
+    sha256 = weights_sha256(name)
+    with contextlib.suppress(OSError):
+        atomic_write(memory, json.dumps({"files": files, "sha256": sha256}).encode())
+    return sha256
+
+
+class Settings(NamedTuple):
+    """What a run was told about how to compute vectors. The model's own numbers are in ``model_fingerprint``."""
+
+    model: str | os.PathLike[str] = "ViT-B/32"
+    dtype: torch.dtype | None = None  # None: as ``load`` chooses
+    batch_size: int = 32
+    shard_size: int = 1_000
+    fast_decode: bool = False
+
+
+def complete_settings(manifest: Mapping[str, Any] | None, given: Mapping[str, Any]) -> Settings:
+    """The settings of a run: those that are given, else those of the manifest, else the defaults.
+
+    Args:
+        manifest: that of the folder the run adds to, if the folder has one.
+        given: the fields of ``Settings``. None stands for one that was not given.
+
+    Raises:
+        ConfigError: if the manifest lacks a setting, or has one of another type.
+    """
+    known: dict[str, Any] = {}
+    if manifest is not None:
+        known = {name: manifest.get(name) for name in Settings._fields}
+        types = {"model": str, "dtype": str, "batch_size": int, "shard_size": int, "fast_decode": bool}
+        for name, kind in types.items():
+            if type(known[name]) is not kind:
+                raise ConfigError(f"{MANIFEST} has no valid {name}: {known[name]!r}")
+        known["dtype"] = getattr(torch, known["dtype"], None)
+    return Settings(**known | {name: value for name, value in given.items() if value is not None})
+
+
+def run_settings(chosen: Settings, model: CLIP, preprocess: Preprocess) -> dict[str, Any]:
     """Everything that must be equal in all runs that add to one folder.
 
     The batch size is included, because the same image in batches of different sizes is rounded differently.
     """
     return {
-        **model_fingerprint(name, model, preprocess),
+        **model_fingerprint(chosen.model, model, preprocess),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "batch_size": batch_size,
-        "shard_size": shard_size,
-        "fast_decode": fast_decode,
+        "batch_size": chosen.batch_size,
+        "shard_size": chosen.shard_size,
+        "fast_decode": chosen.fast_decode,
     }
 
 
@@ -97,6 +144,21 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
         raise ConfigError(f"{path} is not a manifest of this version of miniclip (format {_FORMAT})")
     return manifest
+
+
+def describe_difference(manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
+    """How the settings differ from the manifest: ``model 'ViT-B/32', not 'demo'``. None if they are equal.
+
+    Two checksums of 64 digits tell a reader nothing, so the message has the names of the models.
+    """
+    difference = first_difference(manifest, settings)
+    if difference is None:
+        return None
+    name, before, now = difference
+    if name == "weights_sha256":
+        old, new = manifest.get("model"), settings["model"]
+        return f"model {old!r}, not {new!r}" if old != new else f"other weights of the model {old!r}"
+    return f"{name} {before!r}, not {now!r}"
 
 
 def first_difference(manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[str, Any, Any] | None:

@@ -16,12 +16,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from miniclip.dead_rows import DEATHS, MISSING
 from miniclip.errors import CheckpointError, ConfigError, InputError, UnknownModelError
 from miniclip.loading import load
-from miniclip.manifest import canonical_name, first_difference, model_fingerprint
+from miniclip.manifest import canonical_name, describe_difference, model_fingerprint, remembered_sha256
 from miniclip.model import CLIP
 from miniclip.preprocess import Preprocess
 from miniclip.shard_files import ShardFiles
+from miniclip.sources import ImageSource
 from miniclip.store import EmbeddingStore
 from miniclip.tokenizer import tokenize
 
@@ -38,10 +40,15 @@ class Match:
         path: where the image lies.
         score: the cosine of the image's vector and the query. float16 rounding makes vector lengths 1 ± 0.0003, so an
             image may score 1.0003 against itself.
+        missing: whether the last run over its source did not find the image. Only a search that asks for missing images
+            returns any.
+        row: the image's row in the index.
     """
 
     path: str
     score: float
+    missing: bool
+    row: int
 
 
 class Index:
@@ -49,6 +56,8 @@ class Index:
 
     Attributes:
         manifest: the content of manifest.json: how the vectors were computed.
+        dead: (rows,) bool: the images that are gone or have changed, which a search leaves out.
+        missing: (rows,) bool: those that are gone.
     """
 
     def __init__(
@@ -57,9 +66,12 @@ class Index:
         manifest: dict[str, Any],
         shards: Sequence[ShardFiles],
         vectors: Sequence[Tensor],
+        dead: Tensor,
+        missing: Tensor,
         model: str,
     ) -> None:
         self.manifest = manifest
+        self.dead, self.missing = dead, missing
         self._folder = folder
         self._shards = shards
         self._vectors = vectors
@@ -80,17 +92,19 @@ class Index:
             StorageError: if the operating system cannot map its files.
         """
         store = EmbeddingStore(Path(folder))
-        manifest = store.manifest()
-        if manifest is None:
-            raise ConfigError(f"{folder} has no manifest.json: is it a folder that miniclip embed made?")
-        counts = {shard: count for shard in store.complete() if (count := shard.count_vectors())}
-        if not counts:
+        manifest = store.require_manifest()
+        rows = {shard: found for shard in store.complete() if (found := shard.rows_with_vectors())}
+        if not rows:
             raise ConfigError(f"{folder} contains no vectors yet")
-        vectors = [shard.map_vectors(count) for shard, count in counts.items()]
+        reasons = store.dead_rows()
+        deaths = [reasons.get(shard.number, {}).get(row) for shard, listed in rows.items() for row in listed]
+        dead, missing = (torch.tensor([death in kinds for death in deaths]) for kinds in (DEATHS, {MISSING}))
+        vectors = [shard.map_vectors(len(listed)) for shard, listed in rows.items()]
         name = str(manifest["model"]) if model is None else canonical_name(model)
-        return cls(store.folder, manifest, list(counts), vectors, name)
+        return cls(store.folder, manifest, list(rows), vectors, dead, missing, name)
 
     def __len__(self) -> int:
+        """The number of rows, dead ones included."""
         return self._ends[-1]
 
     @property
@@ -98,47 +112,81 @@ class Index:
         """The number of components of a vector, D."""
         return int(self._vectors[0].shape[1])
 
-    def search(self, text: str | None = None, image: Image.Image | None = None, k: int = 10) -> list[Match]:
-        """Find the ``k`` images nearest to a text, to an image, or to the mean of both.
+    def search(
+        self,
+        text: str | Sequence[str] | None = None,
+        image: Image.Image | None = None,
+        k: int = 10,
+        *,
+        without: str | Sequence[str] = (),
+        template: str = "{}",
+        truncate: bool = False,
+        min_score: float | None = None,
+        missing: bool = False,
+    ) -> list[Match]:
+        """Find the ``k`` images nearest to texts, to an image, or to both, and far from other texts.
 
-        The first search loads the model that made the vectors.
+        The query is the sum of the unit vectors of the texts and the image, minus those of the texts of ``without``,
+        scaled to length 1. The first search loads the model that made the vectors.
 
         Args:
-            text: what to look for.
+            text: what to look for: a text, or several whose vectors are added.
             image: an image to compare with.
             k: how many images to return.
+            without: a text, or several, to stay away from.
+            template: the prompt around each text, such as ``a photo of {}``.
+            truncate: cut texts that are longer than the model's context, as ``tokenize`` does.
+            min_score: leave out images with a lower score.
+            missing: whether to return missing images too.
 
         Returns:
             The images, best first.
 
         Raises:
-            InputError: if neither text nor image is given, or ``k`` is below 1.
-            TypeError: if the text is not a string, the image is not a PIL image, or ``k`` is not an int.
-            TextTooLongError: if the text does not fit into the context of the model.
+            InputError: if neither text nor image is given, the query cancels itself out, the template has no ``{}``, or
+                ``k`` is below 1.
+            TypeError: if a text is not a string, the image is not a PIL image, or ``k`` is not an int.
+            TextTooLongError: if a text does not fit into the context of the model.
             CheckpointError: if the model has changed since it made the vectors.
             MiniclipError: as ``load`` does, if the model cannot be loaded.
         """
         _check_k(k)
-        return self.nearest(self.encode_query(text, image), k)
+        query = self.encode_query(text, image, without=without, template=template, truncate=truncate)
+        matches = self.nearest(query, k, missing=missing)
+        return [match for match in matches if min_score is None or match.score >= min_score]
 
-    def encode_query(self, text: str | None = None, image: Image.Image | None = None) -> Tensor:
+    def encode_query(
+        self,
+        text: str | Sequence[str] | None = None,
+        image: Image.Image | None = None,
+        *,
+        without: str | Sequence[str] = (),
+        template: str = "{}",
+        truncate: bool = False,
+    ) -> Tensor:
         """The unit vector (D,) float32 of a query. Arguments and errors are those of ``search``."""
-        if text is None and image is None:
+        texts, others = _texts(text, "text"), _texts(without, "without")
+        if not texts and image is None:
             raise InputError("the query is empty: give a text, an image, or both")
-        if not isinstance(text, str | None):
-            raise TypeError(f"the text of a query must be a str, got {type(text).__name__}")
-        model, preprocess = self._load()
+        if "{}" not in template:
+            raise InputError(f"the template {template!r} has no {{}} for the text")
+        model, preprocess = self.load()
         parts = []
         with torch.inference_mode():
-            if text is not None:
-                tokens = tokenize(text, model.context_length).to(model.device)
-                parts.append(F.normalize(model.encode_text(tokens)[0].float(), dim=0))
+            if texts or others:
+                prompts = [template.replace("{}", each) for each in texts + others]
+                tokens = tokenize(prompts, model.context_length, truncate).to(model.device)
+                signs = torch.tensor([1.0] * len(texts) + [-1.0] * len(others), device=model.device)[:, None]
+                parts.append(F.normalize(model.encode_text(tokens).float(), dim=1) * signs)  # (texts, D)
             if image is not None:
                 pixels = preprocess([image]).to(model.device)
-                parts.append(F.normalize(model.encode_image(pixels)[0].float(), dim=0))
-            return F.normalize(torch.stack(parts).mean(dim=0), dim=0).cpu()
+                parts.append(F.normalize(model.encode_image(pixels).float(), dim=1))
+            total = torch.cat(parts).double().sum(dim=0)
+            if total.norm() < 1e-3:
+                raise InputError("the query cancels itself out: it looks for what it excludes")
+            return F.normalize(total, dim=0).float().cpu()
 
-    def nearest(self, query: Tensor, k: int = 10) -> list[Match]:
+    def nearest(self, query: Tensor, k: int = 10, *, missing: bool = False) -> list[Match]:
         """Find the ``k`` images nearest to a unit vector (D,).
 
         Returns:
@@ -154,19 +202,23 @@ class Index:
         query = query.detach().float().cpu()
         if not (length := query.double().norm().item()) < 1e3:  # also true for nan
             raise InputError(f"the query must be a unit vector, but its length is {length:g}")
-        best = self._best(query, k)
-        return [Match(path, score) for path, (_, score) in zip(self.paths(row for row, _ in best), best)]
+        best = self._best(query, k, self.dead & ~self.missing if missing else self.dead)
+        paths = self.paths(row for row, _ in best)
+        return [Match(path, score, bool(self.missing[row]), row) for path, (row, score) in zip(paths, best)]
 
-    def _best(self, query: Tensor, k: int) -> list[tuple[int, float]]:
-        """The rows with the ``k`` highest scores, and these scores.
+    def _best(self, query: Tensor, k: int, hidden: Tensor) -> list[tuple[int, float]]:
+        """The rows with the ``k`` highest scores that are not ``hidden`` (rows,), and these scores.
 
         float32 selects the candidates, float64 decides. A sum in float32 also depends on the row's position in a block,
         but equal vectors must get equal scores.
         """
-        scores = self._scores(query)
+        scores = self._scores(query).masked_fill_(hidden, -torch.inf)
+        k = min(k, len(self) - int(hidden.sum()))
+        if k == 0:
+            return []
         # The largest error of a sum of D products in float32, for unit vectors: D units in the last place.
         error = self.dimension * torch.finfo(torch.float32).eps * query.norm().item()
-        candidates = (scores >= scores.topk(min(k, len(scores))).values[-1] - 2 * error).nonzero()[:, 0]
+        candidates = (scores >= scores.topk(k).values[-1] - 2 * error).nonzero()[:, 0]
         exact = torch.cat([(part.double() * query.double()).sum(dim=1) for part in self._gather(candidates)])
         best = exact.sort(descending=True, stable=True)
         return list(zip(candidates[best.indices[:k]].tolist(), best.values[:k].tolist()))
@@ -201,34 +253,63 @@ class Index:
         """
         columns: dict[int, Any] = {}
         paths = []
-        for row in rows:
-            if not 0 <= row < len(self):
-                raise InputError(f"row {row:,} does not exist: rows are 0 to {len(self) - 1:,}")
-            part = bisect_right(self._ends, row)
+        for part, place in map(self._place, rows):
             if part not in columns:
                 columns[part] = self._shards[part].read_paths(len(self._vectors[part]))
-            paths.append(columns[part][row - (self._ends[part - 1] if part else 0)].as_py())
+            paths.append(columns[part][place].as_py())
         return paths
+
+    def sources(self, rows: Iterable[int]) -> list[ImageSource]:
+        """Where the images of ``rows`` lie. Errors are those of ``paths``."""
+        listings: dict[int, list[ImageSource]] = {}
+        sources = []
+        for part, place in map(self._place, rows):
+            if part not in listings:
+                listing = self._shards[part].read_listing()
+                listings[part] = [listing[row] for row in self._shards[part].rows_with_vectors()]
+            sources.append(listings[part][place])
+        return sources
+
+    def _place(self, row: int) -> tuple[int, int]:
+        """The shard of a row, and the row within the shard."""
+        if not 0 <= row < len(self):
+            raise InputError(f"row {row:,} does not exist: rows are 0 to {len(self) - 1:,}")
+        part = bisect_right(self._ends, row)
+        return part, row - (self._ends[part - 1] if part else 0)
 
     def vectors(self) -> Iterator[np.ndarray]:
         """The vectors of each shard, in order: (rows, D) float16, memory-mapped."""
         return (part.numpy() for part in self._vectors)
 
-    def _load(self) -> tuple[CLIP, Preprocess]:
+    def vector(self, row: int) -> Tensor:
+        """The stored unit vector of a row, (D,) float32. Raises InputError if the row does not exist."""
+        part, place = self._place(row)
+        return self._vectors[part][place].float()
+
+    def load(self) -> tuple[CLIP, Preprocess]:
+        """The model that made the vectors, and its preprocessing. Errors are those of ``search``."""
         if self._model is None:
             try:
                 model, preprocess = load(self._model_name)
             except UnknownModelError as error:
                 raise UnknownModelError(f"{error}; if the model of these vectors has moved, say where it is") from None
-            fingerprint = model_fingerprint(self._model_name, model, preprocess)
-            if difference := first_difference(self.manifest, fingerprint):
-                name, before, now = difference
+            sha256 = remembered_sha256(self._folder, self._model_name)
+            fingerprint = model_fingerprint(self._model_name, model, preprocess, sha256)
+            if difference := describe_difference(self.manifest, fingerprint):
                 raise CheckpointError(
-                    f"the vectors of {self._folder} were made with {name} {before!r}, but {self._model_name} has "
-                    f"{now!r}: embed again into another folder, or say where the model is that made the vectors"
+                    f"the vectors of {self._folder} were made with {difference}: embed again into another folder, or "
+                    "say where the model is that made the vectors"
                 )
             self._model = model, preprocess
         return self._model
+
+
+def _texts(given: str | Sequence[str] | None, name: str) -> list[str]:
+    """One text or several as a list. Raises TypeError if one is not a string."""
+    texts = [] if given is None else [given] if isinstance(given, str) else given
+    if not isinstance(texts, list | tuple) or not all(isinstance(each, str) for each in texts):
+        raise TypeError(f"{name} must be a str or a list of str, got {given!r:.60}")
+    return list(texts)
 
 
 def _check_k(k: int) -> None:

@@ -1,7 +1,7 @@
 """One shard on disk: four files, in the layout that autofaiss and clip-retrieval index read.
 
 img_emb/img_emb_N.npy            (rows, D) float16, unit vectors
-metadata/metadata_N.parquet      one line for each row: image_path; key and caption if the image is from a tar
+metadata/metadata_N.parquet      one line for each row: image_path; key and caption if the image is from a tar; checksum
 listing/listing_N.parquet        the images that the shard is made of
 failures/failures_N.jsonl        {path, error, row} of each image that could not be embedded
 """
@@ -41,11 +41,13 @@ class Shard:
         vectors: (rows, D) float16, unit vectors.
         rows: for each vector, the row of its image in the listing.
         failures: row in the listing -> why that image has no vector.
+        checksums: for each vector, the checksum of its image's bytes.
     """
 
     vectors: np.ndarray
     rows: list[int]
     failures: dict[int, Failure]
+    checksums: list[str]
 
 
 @dataclass(frozen=True, order=True)
@@ -88,7 +90,7 @@ class ShardFiles:
             ConfigError: if the listing is damaged.
         """
         try:
-            return _from_table(_read_parquet(self.listing_path))
+            return _from_table(read_parquet(self.listing_path))
         except (OSError, KeyError, TypeError, ValueError, import_pyarrow().ArrowException) as error:
             raise self._damaged_listing(error) from None
 
@@ -119,12 +121,17 @@ class ShardFiles:
         except (OSError, import_pyarrow().ArrowException) as error:
             raise self._damaged_listing(error) from None
 
-    def count_vectors(self) -> int:
-        """The number of vectors that the shard must have, which is complete. Does not read the vectors.
+    def rows_with_vectors(self) -> list[int]:
+        """The rows of the listing that have a vector, in the order of the vectors. The shard must be complete.
 
         Raises:
             ConfigError: if the listing or the failures file is damaged.
         """
+        failures = self.read_failures()
+        return [row for row in range(self.count_images()) if row not in failures]
+
+    def count_vectors(self) -> int:
+        """The number of vectors that the shard must have, which is complete. Errors are those of ``read_listing``."""
         return self.count_images() - len(self.read_failures())
 
     def verify_vectors(self, count: int) -> None:
@@ -174,8 +181,16 @@ class ShardFiles:
         Raises:
             ConfigError: if the metadata file is missing, damaged, or has another number of rows.
         """
+        return self._read_metadata("image_path", count)
+
+    def read_checksums(self, count: int) -> list[str]:
+        """The checksums of the images of the ``count`` vectors. Errors are those of ``read_paths``."""
+        checksums: list[str] = self._read_metadata("checksum", count).to_pylist()
+        return checksums
+
+    def _read_metadata(self, name: str, count: int) -> Any:
         try:
-            column = _read_parquet(self.metadata_path, ["image_path"]).column("image_path")
+            column = read_parquet(self.metadata_path, [name]).column(name)
         except (OSError, KeyError, import_pyarrow().ArrowException) as error:
             raise self._damaged(self.metadata_path, error) from None
         if len(column) != count:
@@ -198,7 +213,7 @@ class ShardFiles:
         Raises:
             StorageError: if the file cannot be written.
         """
-        write_file(self.listing_path, _as_parquet(_as_table(images)))
+        write_file(self.listing_path, as_parquet(_as_table(images)))
 
     def write(self, shard: Shard) -> None:
         """Write the vectors, the metadata and, last, the failures, which make the shard complete.
@@ -212,7 +227,9 @@ class ShardFiles:
             vectors = io.BytesIO()
             np.save(vectors, shard.vectors)
             write_file(self.vectors_path, vectors.getbuffer())
-            write_file(self.metadata_path, _as_parquet(_metadata_table([listing[row] for row in shard.rows])))
+            write_file(
+                self.metadata_path, as_parquet(_metadata_table([listing[row] for row in shard.rows], shard.checksums))
+            )
         else:  # an earlier, interrupted run may have written them
             remove_file(self.vectors_path)
             remove_file(self.metadata_path)
@@ -221,6 +238,15 @@ class ShardFiles:
             record = {"path": printable(listing[row].name), "error": failure.error, "row": row}
             lines.append(json.dumps(record | {"retry": True} if failure.retry else record) + "\n")
         write_file(self.failures_path, "".join(lines).encode())
+
+    def remove(self) -> None:
+        """Remove a shard. The failures file goes first, so that what is left does not count as complete.
+
+        Raises:
+            StorageError: if a file cannot be removed.
+        """
+        remove_file(self.failures_path)
+        self.remove_plan()
 
     def remove_plan(self) -> None:
         """Remove a shard that is not complete. The listing goes last: without it, nobody would know of the others.
@@ -284,29 +310,32 @@ def _as_table(images: Sequence[ImageSource]) -> Any:
     """A listing as a table with one column for each field of ``ImageSource``."""
     pa = import_pyarrow()
     # A path is stored as bytes, because a file name need not be valid text.
-    types = {"path": pa.binary(), **dict.fromkeys(("size", "mtime_ns", "offset", "length"), pa.int64())}
+    types = dict.fromkeys(("path", "source"), pa.binary())
+    types |= dict.fromkeys(("size", "mtime_ns", "offset", "length", "taken_shard", "taken_row"), pa.int64())
     columns = dict(zip(ImageSource._fields, zip(*images)))
-    columns["path"] = tuple(map(os.fsencode, columns["path"]))
+    columns |= {name: tuple(map(os.fsencode, columns[name])) for name in ("path", "source")}
     return pa.table({name: pa.array(column, types.get(name, pa.string())) for name, column in columns.items()})
 
 
 def _from_table(table: Any) -> list[ImageSource]:
-    rows = zip(*(table.column(name).to_pylist() for name in ImageSource._fields))
-    return [ImageSource(os.fsdecode(path), *rest) for path, *rest in rows]
+    columns = {name: table.column(name).to_pylist() for name in ImageSource._fields}
+    columns |= {name: list(map(os.fsdecode, columns[name])) for name in ("path", "source")}
+    return list(map(ImageSource, *columns.values()))
 
 
-def _metadata_table(images: Sequence[ImageSource]) -> Any:
+def _metadata_table(images: Sequence[ImageSource], checksums: Sequence[str]) -> Any:
     """Every shard has all columns, because readers of many files take the columns of the first file."""
     pa = import_pyarrow()
     columns = {
         "image_path": [printable(image.name) for image in images],
         "key": [image.key for image in images],
         "caption": [image.caption for image in images],
+        "checksum": checksums,
     }
     return pa.table({name: pa.array(column, pa.string()) for name, column in columns.items()})
 
 
-def _read_parquet(path: Path, columns: list[str] | None = None) -> Any:
+def read_parquet(path: Path, columns: list[str] | None = None) -> Any:
     """A table, read without threads.
 
     Starting threads costs more than reading a column. And with ``pre_buffer``, pyarrow starts a thread that may still
@@ -318,7 +347,7 @@ def _read_parquet(path: Path, columns: list[str] | None = None) -> Any:
         return table.read(columns, use_threads=False)
 
 
-def _as_parquet(table: Any) -> memoryview:
+def as_parquet(table: Any) -> memoryview:
     buffer = io.BytesIO()
     import_pyarrow().parquet.write_table(table, buffer)
     return buffer.getbuffer()

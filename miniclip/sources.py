@@ -1,18 +1,24 @@
-"""Find the images to embed: in a folder, in a .tar, or in a text file of paths, sorted."""
+"""Find the images to embed: in folders, in tars, in text files of paths, sorted."""
 
 from __future__ import annotations
 
 import codecs
+import hashlib
+import io
 import os
 import stat
 import tarfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from miniclip.errors import InputError
+from miniclip.folders import DEFAULT_RULES, Rules, Walk, describe_suffixes
 
-_EXTENSIONS = "jpg jpeg jpe jfif png webp gif bmp tif tiff avif heic heif jp2 ppm pgm tga"
+_EXTENSIONS = "jpg jpeg jpe jfif mpo png apng webp gif bmp dib tif tiff ppm pgm tga"
+_EXTENSIONS += " avif avifs heic heics heif heifs hif jp2 j2k jpx"
 SUFFIXES = frozenset(f".{extension}" for extension in _EXTENSIONS.split())
 _MAX_INT64 = 2**63 - 1
 
@@ -34,6 +40,9 @@ class ImageSource(NamedTuple):
     key: str | None = None
     caption: str | None = None
     error: str | None = None  # why the image cannot be decoded, if that was known while listing
+    source: str = ""  # what was listed: a folder, a tar, a text file or the image itself
+    taken_shard: int = -1  # if another shard has this image already: its number, and the row of its listing
+    taken_row: int = -1
 
     @property
     def name(self) -> str:
@@ -45,70 +54,127 @@ class ImageSource(NamedTuple):
         return self.size, self.mtime_ns
 
     @property
+    def bytes_size(self) -> int:
+        """The size of the image itself, in bytes."""
+        return self.size if self.member is None else self.length
+
+    def open(self) -> io.BufferedReader | io.BytesIO:
+        """The bytes of the image, as a file.
+
+        Raises:
+            OSError: if the file cannot be read.
+        """
+        if self.member is None:
+            return open(self.path, "rb")
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            return io.BytesIO(file.read(self.length))
+
+    @property
     def identity(self) -> Identity:
         """Two sources with the same identity are the same image."""
         return self.path, self.size, self.mtime_ns, self.member, self.offset
 
 
-def list_images(source: Path) -> tuple[list[ImageSource], int]:
-    """List the images of a source.
+@dataclass
+class Listing:
+    """What the sources contain.
 
-    Args:
-        source: a folder, with all its subfolders; a .tar, as img2dataset writes them; or a text file with one path in
-            each line. A .tar inside a folder or a text file stands for the images in the tar.
+    Attributes:
+        images: sorted by path.
+        skipped: the suffixes that are not those of images -> how many files have them.
+        excluded: how many files and folders the rules left out.
+        links: how many links to folders were not followed.
+        sources: the absolute paths of the sources.
+        unreadable: folders that could not be read.
+    """
 
-    Returns:
-        The images, sorted by path, and how many files were skipped because their suffix is not that of an image.
+    images: list[ImageSource] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+    excluded: int = 0
+    links: int = 0
+    sources: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+
+    def covers(self, image: ImageSource) -> bool:
+        """Whether the listing would contain an image of an earlier listing if the image were still there."""
+        if any(is_below(image.path, folder) for folder in self.unreadable):
+            return False
+        return image.source in self.sources or any(is_below(image.path, source) for source in self.sources)
+
+
+def is_below(path: str, folder: str) -> bool:
+    """Whether a path is a folder or lies below it. Both are absolute."""
+    return path == folder or path.startswith(os.path.join(folder, ""))
+
+
+def checksum(file: io.BufferedReader | io.BytesIO) -> str:
+    """A checksum of an image's bytes, by which a moved image is known again.
 
     Raises:
-        InputError: if the source cannot be read or contains no images.
+        OSError: if the file cannot be read.
     """
-    images: list[ImageSource] = []
-    skipped = 0
-    try:
-        if source.is_dir():
-            for path in _walk(os.path.abspath(source), images):
-                suffix = os.path.splitext(path)[1].lower()
-                if suffix in SUFFIXES or suffix == ".tar":
-                    images += _expand(path)
-                else:
-                    skipped += 1
-        elif source.suffix.lower() == ".tar":
-            source.stat()  # a missing tar is an error of the caller, not a failed image
-            images += _expand(os.path.abspath(source))
-        else:
-            images += _read_list(source)
-    except InputError:  # InputError is a ValueError
-        raise
-    except (OSError, ValueError) as error:
-        raise InputError(f"{source} cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    if not images:
-        only = f", only {skipped:,} other files" if skipped else ""
-        raise InputError(f"{source} contains no images{only}")
-    images = list({image.identity: image for image in images}.values())  # a text file may name an image twice
-    images.sort(key=lambda image: (os.fsencode(image.path), image.offset, image.member or ""))
-    return images, skipped
+    file.seek(0)
+    return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def _walk(folder: str, unreadable: list[ImageSource]) -> Iterator[str]:
-    """Every file below a folder. Subfolders that cannot be read are added to ``unreadable``.
+def list_images(sources: Sequence[Path], rules: Rules = DEFAULT_RULES) -> Listing:
+    """List the images of some sources.
 
-    Symbolic links to files are included. Links to folders are not followed, because they may form a cycle.
+    Args:
+        sources: each is a folder, with all its subfolders; an image; a .tar, as img2dataset writes them; or a text file
+            with one path in each line. A .tar inside a folder or a text file stands for the images in the tar.
+        rules: what to leave out in folders. Paths in a text file are all taken.
+
+    Raises:
+        InputError: if a source cannot be read, or none contains an image.
     """
-    pending = [folder]
-    while pending:
-        current = pending.pop()
+    listing = Listing()
+    for source in sources:
         try:
-            with os.scandir(current) as entries:
-                for entry in entries:
-                    if entry.is_dir(follow_symlinks=False):
-                        pending.append(entry.path)
-                    elif not entry.is_dir():
-                        yield entry.path
-        except OSError as error:
-            if current == folder:
-                raise
-            unreadable.append(ImageSource(current, -1, 0, error=f"the folder cannot be read ({error.strerror})"))
+            _add_source(listing, source, rules)
+        except InputError:  # InputError is a ValueError
+            raise
+        except (OSError, ValueError) as error:
+            raise InputError(f"{source} cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if not listing.images:
+        raise InputError(f"{', '.join(map(str, sources))} {_without_images(listing)}")
+    # Two sources, or two lines of a text file, may name the same image.
+    listing.images = list({image.identity: image for image in listing.images}.values())
+    listing.images.sort(key=lambda image: (os.fsencode(image.path), image.offset, image.member or ""))
+    return listing
+
+
+def _add_source(listing: Listing, source: Path, rules: Rules) -> None:
+    suffix, start = source.suffix.lower(), len(listing.images)
+    listing.sources.append(os.path.abspath(source))
+    if source.is_dir():
+        walk = Walk(os.path.abspath(source), rules)
+        for path in walk:
+            suffix = os.path.splitext(path)[1].lower()
+            if suffix in SUFFIXES or suffix == ".tar":
+                listing.images += _expand(path)
+            else:
+                listing.skipped[suffix] += 1
+        listing.unreadable += walk.unreadable
+        for folder, reason in walk.unreadable.items():
+            listing.images.append(ImageSource(folder, -1, 0, error=f"the folder cannot be read ({reason})"))
+        listing.excluded += walk.excluded
+        listing.links += walk.links
+    elif suffix in SUFFIXES or suffix == ".tar":
+        source.stat()  # a missing file is an error of the caller, not a failed image
+        listing.images += _expand(os.path.abspath(source))
+    else:
+        listing.images += _read_list(source)
+    listing.images[start:] = [image._replace(source=listing.sources[-1]) for image in listing.images[start:]]
+
+
+def _without_images(listing: Listing) -> str:
+    """Why there is nothing to embed."""
+    parts = [describe_suffixes(listing.skipped)] if listing.skipped else []
+    parts += [f"{listing.excluded:,} excluded"] if listing.excluded else []
+    parts += [f"{listing.links:,} not followed because they are links"] if listing.links else []
+    return f"contains no images, only {'; '.join(parts)}" if parts else "contains no images"
 
 
 def _read_list(path: Path) -> Iterator[ImageSource]:

@@ -4,6 +4,7 @@
     img_emb/, metadata/, listing/, failures/
                                      the files of the shards (shard_files.py)
     failures.jsonl                   {path, error} of the images that no shard could embed
+    dead.parquet                     the rows whose files are gone or have changed (dead_rows.py)
 
 Every file is written by an atomic rename: after a crash at any moment a file is complete or absent.
 """
@@ -14,33 +15,27 @@ import contextlib
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from miniclip.dead_rows import in_effect, read_dead_rows
 from miniclip.errors import ConfigError, StorageError
-from miniclip.manifest import MANIFEST, encode_manifest, first_difference, read_manifest
+from miniclip.manifest import MANIFEST, describe_difference, encode_manifest, read_manifest
 from miniclip.shard_files import SUFFIXES, Failure, ShardFiles, import_pyarrow, remove_file, write_file
-from miniclip.sources import Identity, ImageSource, printable
+from miniclip.sources import ImageSource, printable
 
 _FAILURES = "failures.jsonl"
 _TEMPORARY = re.compile(
-    rf"\.({'|'.join(SUFFIXES)}|manifest)(_[0-9]+)?\.({'|'.join({*SUFFIXES.values()})}|json)\..+\.tmp"
+    rf"\.({'|'.join(SUFFIXES)}|manifest|dead)(_[0-9]+)?\.({'|'.join({*SUFFIXES.values()})}|json)\..+\.tmp"
 )
-_MAX_ATTEMPTS = 10  # to read a file whose storage fails
-
-
-def is_worth_retrying(image: ImageSource, attempts: int) -> bool:
-    """Whether to plan an image again whose storage failed: the file is readable now, and had few attempts so far."""
-    return attempts < _MAX_ATTEMPTS and os.access(image.path, os.R_OK)
 
 
 class EmbeddingStore:
     """The folder of embeddings. The folder need not exist yet.
 
-    A run works in these steps, inside ``lock``: ``open_run``, ``plan``, ``ShardFiles.write`` for each of ``pending``,
-    ``write_failure_summary``.
+    A run works in these steps, inside ``lock``: ``open_run``, ``planning.plan``, ``planning.take_over``,
+    ``ShardFiles.write`` for each of ``pending``, ``write_failure_summary``.
 
     Raises:
         ConfigError: if the package pyarrow is missing.
@@ -77,30 +72,6 @@ class EmbeddingStore:
         matches = (re.fullmatch(rf"{kind}_(0|[1-9][0-9]*)\.{SUFFIXES[kind]}", name) for name in names)
         return [self.shard(number) for number in sorted(int(match[1]) for match in matches if match)]
 
-    def plan(self, images: Sequence[ImageSource], shard_size: int) -> None:
-        """Plan new shards for those images that no shard contains yet, or whose storage failed and works again.
-
-        Raises:
-            ConfigError: if a file of a shard is damaged.
-            StorageError: if a listing cannot be written.
-        """
-        planned, complete = self.planned(), {*self.complete()}
-        known: set[Identity] = set()
-        attempts: Counter[Identity] = Counter()
-        for shard in planned:
-            listing = shard.read_listing()
-            known.update(image.identity for image in listing)
-            for row, failure in shard.read_failures().items() if shard in complete else ():
-                if failure.retry:
-                    image = listing[row]
-                    attempts[image.identity] += 1
-                    if is_worth_retrying(image, attempts[image.identity]):
-                        known.discard(image.identity)
-        new = [image for image in images if image.identity not in known]
-        first = planned[-1].number + 1 if planned else 0
-        for number, start in enumerate(range(0, len(new), shard_size), start=first):
-            self.shard(number).write_listing(new[start : start + shard_size])
-
     # -- the run ------------------------------------------------------------------------------------------------------
 
     def open_run(self, settings: Mapping[str, Any]) -> None:
@@ -120,6 +91,17 @@ class EmbeddingStore:
         else:
             self._remove_plans()
             write_file(self.folder / MANIFEST, encode_manifest(settings))
+
+    def require_manifest(self) -> dict[str, Any]:
+        """The manifest. Raises ConfigError if the folder has none, or one that cannot be read."""
+        if (manifest := self.manifest()) is None:
+            raise ConfigError(f"{self.folder} has no {MANIFEST}: is it a folder that miniclip embed made?")
+        return manifest
+
+    def open_again(self) -> None:
+        """Prepare the folder for work on its vectors without a model. Raises ConfigError if a listing is missing."""
+        self._remove_temporary_files()
+        self._refuse_missing_listings(self.complete())
 
     def _refuse_foreign_files(self) -> None:
         if any(path for kind in SUFFIXES for path in self.folder.glob(f"{kind}/{kind}_[0-9]*")):
@@ -145,6 +127,10 @@ class EmbeddingStore:
         for shard in reversed(self.planned()):
             shard.remove_plan()
 
+    def dead_rows(self) -> dict[int, dict[int, str]]:
+        """Shard -> row of its listing -> why the row is dead. Raises ConfigError if dead.parquet is damaged."""
+        return in_effect(read_dead_rows(self.folder), (shard.number for shard in self.complete()))
+
     def manifest(self) -> dict[str, Any] | None:
         """The manifest, or None if the folder has none. Raises ConfigError if the manifest cannot be read."""
         return read_manifest(self.folder)
@@ -158,11 +144,10 @@ class EmbeddingStore:
         manifest = self.manifest()
         if manifest is None:
             raise ConfigError(f"{self.folder} has no {MANIFEST}")
-        if difference := first_difference(manifest, settings):
-            name, before, now = difference
+        if difference := describe_difference(manifest, settings):
             raise ConfigError(
-                f"{self.folder} was created with {name} {before!r}, not {now!r}: choose another folder, or the "
-                "settings it was created with"
+                f"{self.folder} was created with {difference}: choose another folder, or leave out the setting to use "
+                "that of the folder"
             )
 
     def write_failure_summary(self) -> int:
@@ -172,7 +157,7 @@ class EmbeddingStore:
         in the last of them.
 
         Returns:
-            The number of vectors in the folder.
+            The number of vectors in the folder, without dead rows.
 
         Raises:
             ConfigError: if a file of a shard is damaged.
@@ -180,13 +165,15 @@ class EmbeddingStore:
         """
         failed: list[tuple[ShardFiles, ImageSource, Failure]] = []
         total = 0
+        dead = self.dead_rows()
         for shard in self.complete():
-            if failures := shard.read_failures():
+            failures, gone = shard.read_failures(), dead.get(shard.number, {})
+            if alive := failures.keys() - gone.keys():
                 listing = shard.read_listing()
-                failed += [(shard, listing[row], failure) for row, failure in failures.items()]
+                failed += [(shard, listing[row], failures[row]) for row in sorted(alive)]
             if count := shard.count_images() - len(failures):
                 shard.verify_vectors(count)
-                total += count
+                total += count - len(gone.keys() - failures.keys())
         last = self._last_shards([image for _, image, _ in failed])
         lines = [
             json.dumps({"path": printable(image.name), "error": failure.error}) + "\n"

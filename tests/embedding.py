@@ -43,8 +43,8 @@ def _bomb() -> bytes:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The name and content of every file in a folder of embeddings, except its lock."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    """The name and content of every file in a folder of embeddings, except its lock and its memory."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (".lock", ".weights.json"))
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 

@@ -114,9 +114,12 @@ def test_a_terminal_shows_bars(tiny: Path, photo: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["classify", "x.jpg", "--labels", "cat", "--model", "ViT-Q/7"], "'ViT-Q/7' is neither an existing path"),
-        (["classify", "x.jpg", "--labels", "cat", "--model", "RN50"], "RN50 is a ResNet"),
-        (["classify", "x.jpg", "--labels", "cat", "--device", "tpu"], "unknown device 'tpu'"),
+        (
+            ["classify", "x.jpg", "--labels", "a", "b", "--model", "ViT-Q/7"],
+            "'ViT-Q/7' is neither an existing path",
+        ),
+        (["classify", "x.jpg", "--labels", "cat", "dog", "--model", "RN50"], "RN50 is a ResNet"),
+        (["classify", "x.jpg", "--labels", "cat", "dog", "--device", "tpu"], "unknown device 'tpu'"),
     ],
 )
 def test_errors_are_one_sentence(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,7 +226,7 @@ def test_embed_then_search(photos: Path, tmp_path: Path) -> None:
     done = run_cli("search", out, "a red square", "-k", "3", "--json")
     assert done.returncode == 0, done.stderr
     matches = json.loads(done.stdout)
-    assert [list(match) for match in matches] == [["path", "score"]] * 3
+    assert [list(match) for match in matches] == [["path", "score", "missing"]] * 3
     assert matches == sorted(matches, key=lambda match: -match["score"])
     done = run_cli("search", out, "--image", photos / "b" / "01.png", "-k", "2")
     assert done.returncode == 0, done.stderr

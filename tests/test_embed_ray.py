@@ -74,7 +74,7 @@ def test_errors_are_one_sentence(tiny: Path, tmp_path: Path) -> None:
     Image.new("RGB", (9, 9)).save(tmp_path / "photo.png")
     assert run_cli("embed", tmp_path, "--model", tiny, "--device", "cpu", "--out", tmp_path / "out").returncode == 0
     (tmp_path / "more").mkdir()
-    Image.new("RGB", (9, 9)).save(tmp_path / "more" / "photo.png")
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "more" / "photo.png")
     shutil.move(tmp_path / "out" / "img_emb", tmp_path / "vectors")
     (tmp_path / "out" / "img_emb").write_bytes(b"a file, where a worker needs a folder")
     for arguments, said in (

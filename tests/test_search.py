@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -17,9 +18,10 @@ from helpers import ROOT, make_image, run_cli, run_python, run_script
 from PIL import Image
 
 import miniclip
-from miniclip.manifest import run_settings
+from miniclip.manifest import Settings, run_settings
+from miniclip.planning import plan
 from miniclip.shard_files import Shard
-from miniclip.sources import ImageSource
+from miniclip.sources import ImageSource, Listing
 from miniclip.store import EmbeddingStore
 
 
@@ -67,7 +69,7 @@ def test_wrong_queries_and_folders_are_refused(out: Path, tmp_path: Path) -> Non
         index.search()
     with pytest.raises(miniclip.InputError, match="k must be at least 1, got 0"):
         index.search("cat", k=0)
-    for wrong in ({"k": 2.0}, {"text": ["a cat", "a dog"]}, {"image": "photo.png"}):
+    for wrong in ({"k": 2.0}, {"text": ["a cat", 3]}, {"image": "photo.png"}):
         with pytest.raises(TypeError):
             index.search(**{"text": "cat", **wrong})  # type: ignore[arg-type]
     with pytest.raises(miniclip.TextTooLongError):
@@ -121,10 +123,10 @@ def make_index(vectors: torch.Tensor, folder: Path, tiny: Path, shard_size: int)
     """An index of these vectors (N, 48). The paths of the images are their numbers."""
     store = EmbeddingStore(folder)
     model, preprocess = miniclip.load(tiny, "cpu")
-    store.open_run(run_settings(tiny, model, preprocess, batch_size=1, shard_size=shard_size, fast_decode=False))
-    store.plan([ImageSource(f"{n:06}", 0, 0) for n in range(len(vectors))], shard_size)
+    store.open_run(run_settings(Settings(tiny, batch_size=1, shard_size=shard_size), model, preprocess))
+    plan(store, Listing([ImageSource(f"{n:06}", 0, 0) for n in range(len(vectors))]), shard_size)
     for files, part in zip(store.pending(), vectors.split(shard_size)):
-        files.write(Shard(part.numpy(), [*range(len(part))], {}))
+        files.write(Shard(part.numpy(), [*range(len(part))], {}, ["" for _ in part]))
     return miniclip.Index.open(folder)
 
 
@@ -188,7 +190,11 @@ def test_near_duplicates_are_grouped(tiny: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     expected = ["group 1", *(f"  {folder}/{name}" for name in ("4.png", "4_again.jpg", "4_small.png"))]
     expected += ["group 2", *(f"  {folder}/{name}" for name in ("1.png", "1_copy.png"))]
-    assert done.stdout.splitlines() == [*expected, "9 images, 2 groups: 3 near-duplicates"]
+    lines = [re.sub(r"  (\d\.\d{4})  ", "  ", line) for line in done.stdout.splitlines()]
+    assert lines == [*expected, "9 images, 2 groups: 3 near-duplicates"]
+    cosines = [float(number) for number in re.findall(r"(\d\.\d{4})  ", done.stdout)]
+    assert len(cosines) == 5
+    assert all(0.98 <= cosine <= 1.001 for cosine in cosines)
     done = run_script("examples/near_duplicates.py", tmp_path / "out", "--at-least", "2")
     assert done.returncode == 2
     assert "--at-least must be from -1 to 1, got 2.0" in done.stderr

@@ -48,12 +48,12 @@ def test_a_damaged_tar_is_reported(tmp_path: Path) -> None:
     odd = [{"GNU.sparse.map": "a,b"}, {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}, {"size": "9" * 23}]
     for content in [*cut, *damaged, *(archive(**pax) for pax in odd)]:
         (tmp_path / "cut.tar").write_bytes(content)
-        images = sources.list_images(tmp_path / "cut.tar")[0]
+        images = sources.list_images([tmp_path / "cut.tar"]).images
         reported = any("the tar cannot be read to its end" in (image.error or "") for image in images)
         assert reported or len(content) > zeros
         assert len(images) > reported or content[:512] != whole[:512] or len(content) < 1024
     (tmp_path / "cut.tar").write_bytes(whole)
-    assert [image.error for image in sources.list_images(tmp_path / "cut.tar")[0]] == [None] * 4
+    assert [image.error for image in sources.list_images([tmp_path / "cut.tar"]).images] == [None] * 4
 
 
 def test_links_in_a_tar_are_resolved(tiny: Path, tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_late_times_deep_folders_and_dotdot_paths_work(tiny: Path, tmp_path: Pat
         for _ in range(2):
             done = miniclip.embed_images(photos, tmp_path / "out", str(tiny), device="cpu")
             assert (done.failed, done.total) == (0, 2)
-        (image,) = sources.list_images(photos / "list")[0]
+        (image,) = sources.list_images([photos / "list"]).images
         assert os.path.samefile(image.path, tmp_path / "real" / "y.png")
     finally:
         subprocess.run(["rm", "-r", photos / "d"], check=True)  # too deep for Python, and so for pytest
@@ -150,8 +150,9 @@ def test_a_cut_tar_fails_in_part(tar: Path, tiny: Path, tmp_path: Path) -> None:
 
 
 def test_sources_without_images_are_refused(photos: Path, tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(miniclip.InputError, match=r"^\S+01\.png is not a folder, not a \.tar, and not a text file"):
-        miniclip.embed_images(photos / "b" / "01.png", tmp_path / "never", str(tiny))
+    (tmp_path / "photos.zip").write_bytes((photos / "b" / "01.png").read_bytes())
+    with pytest.raises(miniclip.InputError, match=r"^\S+photos\.zip is not a folder, not a \.tar, and not a text file"):
+        miniclip.embed_images(tmp_path / "photos.zip", tmp_path / "never", str(tiny))
     (tmp_path / "empty").mkdir()
     for source, reason in (("nowhere", "cannot be read"), ("nowhere.tar", "cannot be read"), ("empty", "no images")):
         with pytest.raises(miniclip.InputError, match=reason):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import miniclip
-from miniclip import cli
+from miniclip import classify_command
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- demo: begin -->", "<!-- demo: end -->"
@@ -37,7 +37,7 @@ def first_command(readme: str) -> str:
     path, labels = arguments[1], arguments[arguments.index("--labels") + 1 : arguments.index("--model")]
     classifier = miniclip.ZeroShotClassifier(*miniclip.load("demo", "cpu"), labels)
     answer = classifier(miniclip.open_image(ROOT / path))
-    return "\n".join(line.rstrip() for line in cli.answer_lines(path, answer, bars=True))
+    return "\n".join(line.rstrip() for line in classify_command.answer_lines(path, answer, bars=True))
 
 
 def pages(result: dict[str, Any], readme: str) -> dict[str, str]:

@@ -1,0 +1,76 @@
+"""dead.parquet: the rows of a folder that a search leaves out, because their file is gone or has changed.
+
+Vectors are never overwritten. A row dies when a run over its source does not find its file as it was, and it lives
+again when a later run does. ``miniclip prune`` removes the dead rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from miniclip.errors import ConfigError
+from miniclip.shard_files import as_parquet, import_pyarrow, read_parquet, write_file
+
+DEAD = "dead.parquet"
+MISSING, CHANGED, TAKEN = "missing", "changed", "taken"
+DEATHS = frozenset({MISSING, CHANGED, TAKEN})
+
+Row = tuple[int, int]  # the number of a shard, and a row of its listing
+
+
+class Death(NamedTuple):
+    """Why a row is dead.
+
+    Attributes:
+        reason: ``missing``: the file is not there. ``changed``: it has other content or is another file now. ``taken``:
+            another shard has the row.
+        by: for ``taken``, the number of that shard. The row is dead only once that shard is complete.
+    """
+
+    reason: str
+    by: int = -1
+
+
+def read_dead_rows(folder: Path) -> dict[Row, Death]:
+    """All dead rows of a folder.
+
+    Raises:
+        ConfigError: if the file is damaged.
+    """
+    path = folder / DEAD
+    try:
+        table = read_parquet(path)
+        shards, rows, reasons, by = (table.column(name).to_pylist() for name in ("shard", "row", "reason", "by"))
+        if not DEATHS.issuperset(reasons):
+            raise ValueError("it has an unknown reason")
+    except FileNotFoundError:
+        return {}
+    except (OSError, KeyError, TypeError, ValueError, import_pyarrow().ArrowException) as error:
+        raise ConfigError(f"{path} is damaged ({error}): remove the file and embed again") from None
+    return {(shard, row): Death(*rest) for shard, row, *rest in zip(shards, rows, reasons, by)}
+
+
+def write_dead_rows(folder: Path, dead: Mapping[Row, Death]) -> None:
+    """Replace the file.
+
+    Raises:
+        StorageError: if the file cannot be written.
+    """
+    pa = import_pyarrow()
+    rows = sorted((shard, row, death.reason, death.by) for (shard, row), death in dead.items())
+    columns = list(zip(*rows)) or [(), (), (), ()]
+    types = (pa.int64(), pa.int64(), pa.string(), pa.int64())
+    arrays = [pa.array(column, kind) for column, kind in zip(columns, types)]
+    write_file(folder / DEAD, as_parquet(pa.table(arrays, names=["shard", "row", "reason", "by"])))
+
+
+def in_effect(dead: Mapping[Row, Death], complete: Iterable[int]) -> dict[int, dict[int, str]]:
+    """Shard -> row -> why the row is dead. Rows that a shard shall take over which is not complete are still alive."""
+    numbers = {-1, *complete}
+    reasons: dict[int, dict[int, str]] = {}
+    for (shard, row), death in dead.items():
+        if death.by in numbers:
+            reasons.setdefault(shard, {})[row] = death.reason
+    return reasons

@@ -1,0 +1,261 @@
+"""Keep a folder of embeddings true to its files: what is new, what is gone, and what is known under another name.
+
+Vectors are never changed. A row that is no longer true is written to dead.parquet (dead_rows.py). A row that another
+row replaces is copied into a new shard. So a crash at any moment loses nothing: each step is one atomic rename, and
+the next run takes up the work where it stopped.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from miniclip.dead_rows import CHANGED, MISSING, TAKEN, Death, Row, in_effect, read_dead_rows, write_dead_rows
+from miniclip.manifest import complete_settings
+from miniclip.shard_files import Shard, ShardFiles
+from miniclip.sources import Identity, ImageSource, Listing, checksum
+from miniclip.store import EmbeddingStore
+
+_READERS = 8  # threads that read files to know them again: storage, not the processor, is what they wait for
+_MAX_ATTEMPTS = 10  # to read a file whose storage fails
+
+
+def is_worth_retrying(image: ImageSource, attempts: int) -> bool:
+    """Whether to plan an image again whose storage failed: the file is readable now, and had few attempts so far."""
+    return attempts < _MAX_ATTEMPTS and os.access(image.path, os.R_OK)
+
+
+# -- new shards -------------------------------------------------------------------------------------------------------
+
+
+def plan(store: EmbeddingStore, found: Listing, shard_size: int) -> None:
+    """Plan new shards for those images that no shard contains yet, or whose storage failed and works again.
+
+    Rows whose files are gone or have changed die. New images that are known files under another name, or with another
+    time, come into shards of their own, for ``take_over``.
+
+    Raises:
+        ConfigError: if a file of a shard is damaged.
+        StorageError: if a file cannot be written.
+    """
+    remove_dead_shards(store, half_removed=True)
+    known = _known_images(store)
+    new = [image for image in found.images if image.identity not in known]
+    dead = _deaths(store, found)
+    taken = _find_again(store, new, dead)
+    if dead != read_dead_rows(store.folder):
+        write_dead_rows(store.folder, dead)
+    _write_plans(store, [taken[image.identity] for image in new if image.identity in taken], shard_size)
+    _write_plans(store, [image for image in new if image.identity not in taken], shard_size)
+
+
+def _known_images(store: EmbeddingStore) -> set[Identity]:
+    """The images that need no new row."""
+    known: set[Identity] = set()
+    attempts: Counter[Identity] = Counter()
+    complete = {*store.complete()}
+    for shard in store.planned():
+        listing = shard.read_listing()
+        known.update(image.identity for image in listing)
+        for row, failure in shard.read_failures().items() if shard in complete else ():
+            if failure.retry:
+                image = listing[row]
+                attempts[image.identity] += 1
+                if is_worth_retrying(image, attempts[image.identity]):
+                    known.discard(image.identity)
+    return known
+
+
+def _deaths(store: EmbeddingStore, found: Listing) -> dict[Row, Death]:
+    """The dead rows of a folder after its sources were listed again."""
+    current = {image.identity for image in found.images}
+    paths = {image.path for image in found.images}
+    unknown = {image.path for image in found.images if image.size == -1}  # there, but could not be examined
+    before, planned = read_dead_rows(store.folder), store.planned()
+    numbers = {shard.number for shard in planned}
+    dead = {}
+    for shard in planned:
+        for row, image in enumerate(shard.read_listing()):
+            death = before.get((shard.number, row))
+            if death is not None and death.reason == TAKEN and death.by not in numbers:
+                death = None  # a crash came before the shard that should take the row over
+            if death is None or death.reason != TAKEN:
+                if image.identity in current:
+                    death = None
+                elif image.path not in unknown and found.covers(image):
+                    death = Death(CHANGED if image.path in paths else MISSING)
+            if death is not None:
+                dead[shard.number, row] = death
+    return dead
+
+
+def _write_plans(store: EmbeddingStore, images: Sequence[ImageSource], shard_size: int) -> None:
+    first = _next_number(store)
+    for number, start in enumerate(range(0, len(images), shard_size), start=first):
+        store.shard(number).write_listing(images[start : start + shard_size])
+
+
+def _next_number(store: EmbeddingStore) -> int:
+    planned = store.planned()
+    return planned[-1].number + 1 if planned else 0
+
+
+# -- rows that another shard has --------------------------------------------------------------------------------------
+
+
+def _find_again(
+    store: EmbeddingStore, new: Sequence[ImageSource], dead: dict[Row, Death]
+) -> dict[Identity, ImageSource]:
+    """Those new images whose bytes some shard has embedded already, with the place of that row.
+
+    Only files of a known size are read. The rows of a file that is no longer there, because it was moved, die.
+    """
+    sizes = {image.bytes_size for image in new if image.error is None and image.bytes_size > 0}
+    known: dict[tuple[int, str], list[tuple[Row, str]]] = {}
+    for shard in store.complete() if sizes else ():
+        listing, embedded = shard.read_listing(), shard.rows_with_vectors()
+        if any(listing[row].bytes_size in sizes for row in embedded):
+            for row, digest in zip(embedded, shard.read_checksums(len(embedded)), strict=True):
+                place = (shard.number, row), listing[row].path
+                known.setdefault((listing[row].bytes_size, digest), []).append(place)
+    sizes &= {size for size, _ in known}
+    candidates = [image for image in new if image.error is None and image.bytes_size in sizes]
+    taken = {}
+    with ThreadPoolExecutor(_READERS, "miniclip-checksum") as pool:
+        for image, found in zip(candidates, pool.map(_checksum_or_none, candidates)):
+            places = known.get((image.bytes_size, found or ""), [])
+            for (shard_number, row), path in places:
+                taken[image.identity] = image._replace(taken_shard=shard_number, taken_row=row)
+                if not os.path.lexists(path):
+                    dead.setdefault((shard_number, row), Death(MISSING))
+    return taken
+
+
+def _checksum_or_none(image: ImageSource) -> str | None:
+    try:
+        with image.open() as file:
+            return checksum(file)
+    except (OSError, ValueError):
+        return None  # decoding will report the reason
+
+
+def take_over(store: EmbeddingStore) -> int:
+    """Complete the planned shards whose rows other shards have, by copying these rows.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        ConfigError: if a file of a shard is damaged.
+        StorageError: if a file cannot be written.
+    """
+    count = 0
+    for shard in store.pending():
+        listing = shard.read_listing()
+        if listing[0].taken_shard >= 0:
+            shard.write(_copied(store, listing))
+            count += len(listing)
+    return count
+
+
+class _Origin:
+    """A complete shard, read to copy rows from it."""
+
+    def __init__(self, shard: ShardFiles) -> None:
+        self.failures = shard.read_failures()
+        rows = shard.rows_with_vectors()
+        self.places = {row: place for place, row in enumerate(rows)}  # row in the listing -> row of the vectors
+        self.vectors = shard.map_vectors(len(rows)).numpy() if rows else np.zeros((0, 0), np.float16)
+        self.checksums = shard.read_checksums(len(rows)) if rows else []
+
+
+def _copied(store: EmbeddingStore, listing: Sequence[ImageSource]) -> Shard:
+    """A shard made of rows of other shards, failed ones included."""
+    origins = {number: _Origin(store.shard(number)) for number in {image.taken_shard for image in listing}}
+    copied = Shard(np.zeros((0, 0), np.float16), [], {}, [])
+    vectors = []
+    for row, image in enumerate(listing):
+        origin = origins[image.taken_shard]
+        if (failure := origin.failures.get(image.taken_row)) is not None:
+            copied.failures[row] = failure
+            continue
+        place = origin.places[image.taken_row]
+        vectors.append(origin.vectors[place])
+        copied.rows.append(row)
+        copied.checksums.append(origin.checksums[place])
+    if vectors:
+        copied.vectors = np.stack(vectors)
+    return copied
+
+
+# -- dead rows --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """The result of ``prune``.
+
+    Attributes:
+        missing: rows removed because their file is gone.
+        changed: rows removed because their file has other content now.
+        left: vectors that remain.
+    """
+
+    missing: int
+    changed: int
+    left: int
+
+
+def prune(store: EmbeddingStore) -> Pruned:
+    """Remove the dead rows: the living rows of each shard that has dead ones are copied into new shards.
+
+    Raises:
+        ConfigError: if the folder has no manifest, a file of a shard is damaged, or another run is writing to it.
+        StorageError: if a file cannot be written or removed.
+    """
+    store.require_manifest()  # before the lock, which would create the folder
+    with store.lock():
+        store.open_again()
+        remove_dead_shards(store, half_removed=True)
+        for shard in reversed(store.pending()):
+            shard.remove_plan()
+        complete = store.complete()
+        dead = read_dead_rows(store.folder)
+        reasons = in_effect(dead, (shard.number for shard in complete))
+        counts = Counter(reason for rows in reasons.values() for reason in rows.values())
+        living = []
+        for shard in complete:
+            if gone := reasons.get(shard.number):
+                rows = [row for row in range(shard.count_images()) if row not in gone]
+                listing = shard.read_listing() if rows else []
+                living += [listing[row]._replace(taken_shard=shard.number, taken_row=row) for row in rows]
+        if reasons:
+            size = complete_settings(store.manifest(), {}).shard_size
+            first = _next_number(store)
+            for place, image in enumerate(living):
+                dead[image.taken_shard, image.taken_row] = Death(TAKEN, by=first + place // size)
+            write_dead_rows(store.folder, dead)  # in effect, shard by shard, once each new shard is complete
+            _write_plans(store, living, size)
+            take_over(store)
+            remove_dead_shards(store)
+        return Pruned(counts[MISSING], counts[CHANGED], store.write_failure_summary())
+
+
+def remove_dead_shards(store: EmbeddingStore, half_removed: bool = False) -> None:
+    """Remove the shards all of whose rows are dead, and their rows from dead.parquet.
+
+    With ``half_removed``, only those whose removal a crash has interrupted: their failures file is gone already.
+    """
+    dead = read_dead_rows(store.folder)
+    reasons = in_effect(dead, (shard.number for shard in store.complete()))
+    for shard in store.pending() if half_removed else store.planned():
+        if len(reasons.get(shard.number, ())) == shard.count_images():
+            shard.remove()
+    planned = {shard.number for shard in store.planned()}
+    if any(number not in planned for number, _ in dead):
+        write_dead_rows(store.folder, {row: death for row, death in dead.items() if row[0] in planned})
