@@ -43,8 +43,8 @@ def read_dead_rows(folder: Path) -> dict[Row, Death]:
     try:
         table = read_parquet(path)
         shards, rows, reasons, by = (table.column(name).to_pylist() for name in ("shard", "row", "reason", "by"))
-        if not DEATHS.issuperset(reasons):
-            raise ValueError("it has an unknown reason")
+        if not DEATHS.issuperset(reasons) or not all(type(n) is int for column in (shards, rows, by) for n in column):
+            raise ValueError("it has an unknown reason or a row without a number")
     except FileNotFoundError:
         return {}
     except (OSError, KeyError, TypeError, ValueError, import_pyarrow().ArrowException) as error:

@@ -31,6 +31,7 @@ from miniclip.version import __version__
 MANIFEST = "manifest.json"
 _MEMORY = ".weights.json"  # which files had which checksum when they were last read
 _FORMAT = 2
+_DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
 def canonical_name(name: str | os.PathLike[str]) -> str:
@@ -95,9 +96,10 @@ def complete_settings(manifest: Mapping[str, Any] | None, given: Mapping[str, An
         known = {name: manifest.get(name) for name in Settings._fields}
         types = {"model": str, "dtype": str, "batch_size": int, "shard_size": int, "fast_decode": bool}
         for name, kind in types.items():
-            if type(known[name]) is not kind:
-                raise ConfigError(f"{MANIFEST} has no valid {name}: {known[name]!r}")
-        known["dtype"] = getattr(torch, known["dtype"], None)
+            value, right = known[name], type(known[name]) is kind
+            if not right or (kind is int and value < 1) or (name == "dtype" and value not in _DTYPES):
+                raise ConfigError(f"{MANIFEST} has no valid {name}: {value!r:.80}")
+        known["dtype"] = getattr(torch, known["dtype"])
     return Settings(**known | {name: value for name, value in given.items() if value is not None})
 
 

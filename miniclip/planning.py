@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from miniclip.dead_rows import CHANGED, MISSING, TAKEN, Death, Row, in_effect, read_dead_rows, write_dead_rows
+from miniclip.errors import ConfigError
 from miniclip.manifest import complete_settings
 from miniclip.shard_files import Shard, ShardFiles
 from miniclip.sources import Identity, ImageSource, Listing, checksum
@@ -157,7 +158,7 @@ def take_over(store: EmbeddingStore) -> int:
     count = 0
     for shard in store.pending():
         listing = shard.read_listing()
-        if listing[0].taken_shard >= 0:
+        if listing and listing[0].taken_shard >= 0:
             shard.write(_copied(store, listing))
             count += len(listing)
     return count
@@ -184,7 +185,8 @@ def _copied(store: EmbeddingStore, listing: Sequence[ImageSource]) -> Shard:
         if (failure := origin.failures.get(image.taken_row)) is not None:
             copied.failures[row] = failure
             continue
-        place = origin.places[image.taken_row]
+        if (place := origin.places.get(image.taken_row)) is None:
+            raise ConfigError(f"shard {image.taken_shard} lacks row {image.taken_row}: embed into another folder")
         vectors.append(origin.vectors[place])
         copied.rows.append(row)
         copied.checksums.append(origin.checksums[place])

@@ -7,6 +7,7 @@ images that are rows of the index: a client names rows by number, never a path. 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +34,8 @@ def serve(
         raise ConfigError(f'the package {name} is missing: pip install -c constraints.txt -e ".[web]"') from None
     if host not in LOOPBACK and not token:
         raise InputError(f"--host {host} can be reached from other computers, so it needs --token SECRET")
+    if token is not None and not re.fullmatch("[A-Za-z0-9_-]+", token):  # it stands in addresses and in a cookie
+        raise InputError("the token must consist of letters A to Z, digits, - and _")
     hosts = LOOPBACK if host in LOOPBACK else LOOPBACK | {host}
     app = make_app(Gallery(folder, model), hosts, token)
     settings = uvicorn.Config(app, host=host, port=port, log_level="warning", server_header=False)

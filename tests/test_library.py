@@ -209,6 +209,29 @@ def test_model_and_settings_come_from_the_manifest(library: Library) -> None:
         miniclip.embed_images(library.photos, library.out, "demo", device="cpu")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("dtype", "nn"), ("dtype", None), ("batch_size", 0), ("shard_size", "many"), ("fast_decode", 1), ("model", 7)],
+)
+def test_a_manifest_with_a_wrong_setting_is_named(name: str, value: object, library: Library) -> None:
+    path = library.out / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(miniclip.ConfigError, match=f"no valid {name}"):
+        miniclip.embed_images(library.photos, library.out, device="cpu")
+
+
+def test_a_damaged_list_of_dead_rows_is_named(library: Library) -> None:
+    (library.photos / "3.png").unlink()
+    library.embed()
+    good = (library.out / "dead.parquet").read_bytes()
+    for damage in (b"", b"not a table", good[:-20]):
+        (library.out / "dead.parquet").write_bytes(damage)
+        with pytest.raises(miniclip.ConfigError, match=r"dead\.parquet is damaged"):
+            miniclip.Index.open(library.out)
+        with pytest.raises(miniclip.ConfigError, match=r"dead\.parquet is damaged"):
+            planning.prune(EmbeddingStore(library.out))
+
+
 # -- prune ------------------------------------------------------------------------------------------------------------
 
 

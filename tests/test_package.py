@@ -50,7 +50,7 @@ ROOMS = {
     "dead_rows": {"errors", "shard_files"},
     "manifest": {"errors", "files", "hub", "huggingface", "loading", "model", "preprocess", "version"},
     "store": {"dead_rows", "errors", "manifest", "shard_files", "sources"},
-    "planning": {"dead_rows", "manifest", "shard_files", "sources", "store"},
+    "planning": {"dead_rows", "errors", "manifest", "shard_files", "sources", "store"},
     "embed": {
         *("errors", "folders", "images", "loading", "manifest", "model", "planning", "preprocess", "shard_files"),
         *("sources", "store"),

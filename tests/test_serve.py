@@ -209,6 +209,9 @@ def test_a_token_is_needed_where_one_is_set(library: Gallery) -> None:
         assert client.get("/api/index").status_code == 200  # by the cookie
     with pytest.raises(miniclip.InputError, match="needs --token"):
         serve.serve(Path(), "0.0.0.0", 0, None, None, print)
+    for wrong in ("", "a b", "a;b", "a\nb", "ä"):
+        with pytest.raises(miniclip.InputError, match="token"):
+            serve.serve(Path(), "0.0.0.0", 0, wrong, None, print)
 
 
 def test_sixteen_clients_get_their_own_answers(client: Any) -> None:
