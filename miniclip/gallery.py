@@ -111,7 +111,9 @@ def query_of(parameters: Any, image: Image.Image | None) -> Query:
     numbers = {}
     for name, default, least, most in (("row", None, 0, 2**53), ("offset", 0, 0, 10**6), ("count", 60, 1, MAX_PAGE)):
         text = parameters.get(name)
-        if text is not None and not (text.isascii() and text.isdigit() and least <= int(text[:20]) <= most):
+        if text is not None and not (
+            text.isascii() and text.isdigit() and len(text) <= 20 and least <= int(text) <= most
+        ):
             raise InputError(f"{name} must be a number from {least} to {most}, got {text!r:.40}")
         numbers[name] = default if text is None else int(text)
     return Query(texts, without, image, numbers["row"], numbers["offset"] or 0, numbers["count"] or 60)

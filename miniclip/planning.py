@@ -45,6 +45,10 @@ def plan(store: EmbeddingStore, found: Listing, shard_size: int) -> None:
         StorageError: if a file cannot be written.
     """
     remove_dead_shards(store, half_removed=True)
+    complete = {-1, *(shard.number for shard in store.complete())}
+    for shard in reversed(store.pending()):
+        if any(image.taken_shard not in complete for image in shard.read_listing()):
+            shard.remove_plan()  # what it should copy has to be computed again
     known = _known_images(store)
     new = [image for image in found.images if image.identity not in known]
     dead = _deaths(store, found)
@@ -227,8 +231,11 @@ def prune(store: EmbeddingStore) -> Pruned:
         for shard in reversed(store.pending()):
             shard.remove_plan()
         complete = store.complete()
-        dead = read_dead_rows(store.folder)
-        reasons = in_effect(dead, (shard.number for shard in complete))
+        # Entries about the removed plans go, because new shards get their numbers.
+        numbers = {shard.number for shard in complete}
+        before = read_dead_rows(store.folder).items()
+        dead = {row: death for row, death in before if row[0] in numbers and death.by in {-1, *numbers}}
+        reasons = in_effect(dead, numbers)
         counts = Counter(reason for rows in reasons.values() for reason in rows.values())
         living = []
         for shard in complete:

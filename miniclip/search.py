@@ -93,6 +93,8 @@ class Index:
         """
         store = EmbeddingStore(Path(folder))
         manifest = store.require_manifest()
+        if not isinstance(manifest.get("model"), str):
+            raise ConfigError(f"the manifest of {folder} names no model")
         rows = {shard: found for shard in store.complete() if (found := shard.rows_with_vectors())}
         if not rows:
             raise ConfigError(f"{folder} contains no vectors yet")

@@ -41,7 +41,7 @@ def serve(
     settings = uvicorn.Config(app, host=host, port=port, log_level="warning", server_header=False)
     try:
         listening = settings.bind_socket()
-    except SystemExit:  # uvicorn's answer to a port that is taken
+    except (SystemExit, OverflowError):  # uvicorn's answer to a port that is taken
         raise ConfigError(f"port {port} of {host} cannot be used: choose another --port") from None
     address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/"
     say(f"{address}{f'?token={token}' if token else ''}   (Ctrl-C ends)")

@@ -159,6 +159,8 @@ def _add_source(listing: Listing, source: Path, rules: Rules) -> None:
         listing.unreadable += walk.unreadable
         for folder, reason in walk.unreadable.items():
             listing.images.append(ImageSource(folder, -1, 0, error=f"the folder cannot be read ({reason})"))
+        if len(listing.images) == start:  # a disk that is not mounted may leave an empty folder
+            listing.unreadable.append(listing.sources[-1])
         listing.excluded += walk.excluded
         listing.links += walk.links
     elif suffix in SUFFIXES or suffix == ".tar":

@@ -72,7 +72,7 @@ class Addresses:
     async def image(self, request: Request) -> Response:
         size = THUMBNAIL if request.url.path.startswith("/thumbnail/") else LARGE
         data = await run_in_threadpool(self.gallery.jpeg, request.path_params["row"], size)
-        return Response(data, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=3600"})
+        return Response(data, media_type="image/jpeg")
 
 
 async def _image_of(request: Request) -> Image.Image | None:
