@@ -26,7 +26,7 @@ from conftest import make_reference
 from helpers import ROOT, run_python, run_script
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
-from scripts import refusal
+from scripts import refusal, run_here
 from transformers import CLIPModel
 
 import miniclip
@@ -82,7 +82,7 @@ def small(config: Path, **changes: str) -> dict[str, str]:
 def data_options(data: Path = Path(), **changes: object) -> argparse.Namespace:
     """The options that pairs.py reads, without augmentation of captions, with ``changes``."""
     defaults = {"data": data, "seed": 0, "augment": "drawings", "unknown_words": 0.0, "prompts": 0.0, "steps": 1}
-    defaults |= {"two_captions": False, "neighbours": 1, "later": "", "batch_size": 8}
+    defaults |= {"two_captions": False, "first_caption": 0.0, "neighbours": 1, "later": "", "batch_size": 8}
     return argparse.Namespace(**defaults | changes)
 
 
@@ -458,6 +458,34 @@ def test_two_captions_are_the_first_one_and_another_one(shapes: Path) -> None:
     single = {name: texts[:1] for name, texts in captions.items()}
     alone = pairs.Pairs(single, data_options(shapes, two_captions=True), model)
     assert alone[0, 0].captions == [first, first]  # an image may have one caption only
+
+
+def test_the_first_caption_is_drawn_as_often_as_asked(
+    shapes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = miniclip.CLIP(config_from_dict(make_reference().config.to_dict()))
+    captions = {name: [*texts, "a thing", "a form"] for name, texts in pairs.read_captions(shapes).items()}
+    first, *others = next(iter(captions.values()))
+
+    def counts(share: float) -> tuple[int, int]:
+        dataset = pairs.Pairs(captions, data_options(shapes, first_caption=share), model)
+        drawn = [dataset[step, 0].captions for step in range(300)]
+        assert {len(texts) for texts in drawn} == {1}
+        assert {texts[0] for texts in drawn} <= {first, *others}
+        return sum(texts == [first] for texts in drawn), len(others) + 1
+
+    assert counts(1)[0] == 300
+    for share in (0.0, 0.7):
+        drawn, kinds = counts(share)
+        expected = 300 * (share + (1 - share) / kinds)
+        assert abs(drawn - expected) < 4 * (300 * 0.25) ** 0.5  # four standard deviations of a fair coin, the widest
+    for arguments, said in (
+        (("--two-captions", "--first-caption", 0.5), "leave --first-caption out"),
+        (("--first-caption", 2), "are shares from 0 to 1"),
+    ):
+        with pytest.raises(SystemExit):
+            run_here(monkeypatch, train, shapes, "run", *arguments)
+        assert said in capsys.readouterr().err
 
 
 def test_the_learning_rate_warms_up_and_follows_a_cosine() -> None:

@@ -101,6 +101,7 @@ class Pairs(Dataset[Pair | None]):
         self.unknown, self.unknown_share = unknown, options.unknown_words
         self.prompts: float = options.prompts
         self.two_captions: bool = options.two_captions
+        self.first_caption: float = options.first_caption
         self.reported: set[str] = set()
         self.decoded: dict[str, Tensor] = {}  # small drawings, each of which is used many times
         self.decoded_limit = DECODED_BYTES // (4 * self.size**2)
@@ -124,11 +125,18 @@ class Pairs(Dataset[Pair | None]):
                 self.reported.add(name)
                 print(f"\ntrain.py: left out: {error}", file=sys.stderr, flush=True)
             return None
-        first, captions = self.captions[index][0], [rng.choice(self.captions[index])]
-        if self.two_captions:
-            captions = [first, rng.choice([text for text in self.captions[index] if text != first] or [first])]
+        first, captions = self.captions[index][0], self.drawn(self.captions[index], rng)
         tokens = torch.stack([self.tokens(caption, rng) for caption in captions])
         return Pair(pixels, tokens, captions, self.truths[first])
+
+    def drawn(self, captions: list[str], rng: random.Random) -> list[str]:
+        """Those of an image's captions that this step uses."""
+        first = captions[0]
+        if self.two_captions:
+            return [first, rng.choice([text for text in captions if text != first] or [first])]
+        if rng.random() < self.first_caption:
+            return [first]
+        return [rng.choice(captions)]
 
     def tokens(self, caption: str, rng: random.Random) -> Tensor:
         """The token ids (L,) of the caption, which may be put into a sentence or get unknown words."""

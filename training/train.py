@@ -322,6 +322,14 @@ def add_caption_and_batch_options(parser: argparse.ArgumentParser) -> None:
         "(default: one caption, drawn at random)",
     )
     parser.add_argument(
+        "--first-caption",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of the steps in which an image comes with its first caption, without drawing among all of them "
+        "(default: 0)",
+    )
+    parser.add_argument(
         "--neighbours",
         type=int,
         default=1,
@@ -346,8 +354,11 @@ def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error(
             "--steps, --every and --neighbours must be at least 1, --batch-size at least 2: one pair has no contrast"
         )
-    if not all(0 <= share <= 1 for share in (options.outlines, options.unknown_words, options.prompts)):
-        parser.error("--outlines, --unknown-words and --prompts are shares from 0 to 1")
+    shares = (options.outlines, options.unknown_words, options.prompts, options.first_caption)
+    if not all(0 <= share <= 1 for share in shares):
+        parser.error("--outlines, --unknown-words, --prompts and --first-caption are shares from 0 to 1")
+    if options.two_captions and options.first_caption:
+        parser.error("--two-captions always uses the first caption: leave --first-caption out")
     if not (0 <= options.patch_dropout < 1 and 0 <= options.validation < 1):
         parser.error("--patch-dropout and --validation are shares from 0 to below 1")
 
