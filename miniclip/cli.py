@@ -116,7 +116,12 @@ def _parser() -> argparse.ArgumentParser:
         "prune",
         help="remove the vectors of missing and changed images",
         description="Remove from a folder that embed made the vectors of images that the last run no longer found, or "
-        "found changed. A search does not show these images in any case.",
+        "found changed. A search does not show these images in any case. Mount all disks before.",
+    )
+    pruned.add_argument(
+        "--left-out",
+        action="store_true",
+        help="also those of images whose file is there, but which the last run left out (--exclude, --follow-links)",
     )
     pruned.add_argument("folder", metavar="DIR", help="the folder of the vectors")
     pruned.set_defaults(run=_prune)
@@ -369,8 +374,14 @@ def _title(options: argparse.Namespace) -> str:
 
 
 def _prune(options: argparse.Namespace) -> int:
-    done = prune(EmbeddingStore(Path(options.folder)))
-    print(f"{options.folder}: {done.missing:,} missing and {done.changed:,} changed images removed, {done.left:,} left")
+    done = prune(EmbeddingStore(Path(options.folder)), options.left_out)
+    left_out = f" and {done.left_out:,} left out" if options.left_out else ""
+    print(
+        f"{options.folder}: {done.missing:,} missing, {done.changed:,} changed{left_out} images removed, "
+        f"{done.left:,} left"
+    )
+    if done.spared:
+        print(f"hidden images that stay, because their files are left out or may come back: {done.spared:,}")
     return 0
 
 

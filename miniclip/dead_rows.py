@@ -1,4 +1,4 @@
-"""dead.parquet: the rows of a folder that a search leaves out, because their file is gone or has changed.
+"""dead.parquet: the rows that a search leaves out, because their file is gone, has changed or is no longer wanted.
 
 Vectors are never overwritten. A row dies when a run over its source does not find its file as it was, and it lives
 again when a later run does. ``miniclip prune`` removes the dead rows.
@@ -6,7 +6,7 @@ again when a later run does. ``miniclip prune`` removes the dead rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,8 +14,8 @@ from miniclip.errors import ConfigError
 from miniclip.shard_files import as_parquet, import_pyarrow, read_parquet, write_file
 
 DEAD = "dead.parquet"
-MISSING, CHANGED, TAKEN = "missing", "changed", "taken"
-DEATHS = frozenset({MISSING, CHANGED, TAKEN})
+MISSING, CHANGED, LEFT_OUT, TAKEN = "missing", "changed", "left out", "taken"
+DEATHS = frozenset({MISSING, CHANGED, LEFT_OUT, TAKEN})
 
 Row = tuple[int, int]  # the number of a shard, and a row of its listing
 
@@ -24,9 +24,10 @@ class Death(NamedTuple):
     """Why a row is dead.
 
     Attributes:
-        reason: ``missing``: the file is not there. ``changed``: it has other content or is another file now. ``taken``:
+        reason: ``missing``: the file is not there. ``changed``: it has other content or is another file now. ``left
+            out``: the file is as it was, but a run no longer takes it, because of ``--exclude`` for example. ``taken``:
             another shard has the row.
-        by: for ``taken``, the number of that shard. The row is dead only once that shard is complete.
+        by: the number of the shard that has a copy of the row, or -1. A row is taken only once that shard is complete.
     """
 
     reason: str
@@ -66,11 +67,18 @@ def write_dead_rows(folder: Path, dead: Mapping[Row, Death]) -> None:
     write_file(folder / DEAD, as_parquet(pa.table(arrays, names=["shard", "row", "reason", "by"])))
 
 
+def settled(death: Death | None, shards: Collection[int]) -> Death | None:
+    """A death without a copy that never came to be, because a crash came first."""
+    if death is None or death.by == -1 or death.by in shards:
+        return death
+    return None if death.reason == TAKEN else Death(death.reason)
+
+
 def in_effect(dead: Mapping[Row, Death], complete: Iterable[int]) -> dict[int, dict[int, str]]:
     """Shard -> row -> why the row is dead. Rows that a shard shall take over which is not complete are still alive."""
-    numbers = {-1, *complete}
+    numbers = {*complete}
     reasons: dict[int, dict[int, str]] = {}
     for (shard, row), death in dead.items():
-        if death.by in numbers:
+        if death.reason != TAKEN or death.by in numbers:
             reasons.setdefault(shard, {})[row] = death.reason
     return reasons

@@ -15,14 +15,26 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from miniclip.dead_rows import CHANGED, MISSING, TAKEN, Death, Row, in_effect, read_dead_rows, write_dead_rows
+from miniclip.dead_rows import (
+    CHANGED,
+    LEFT_OUT,
+    MISSING,
+    TAKEN,
+    Death,
+    Row,
+    in_effect,
+    read_dead_rows,
+    settled,
+    write_dead_rows,
+)
 from miniclip.errors import ConfigError
 from miniclip.manifest import complete_settings
 from miniclip.shard_files import Shard, ShardFiles
-from miniclip.sources import Identity, ImageSource, Listing, checksum
+from miniclip.sources import Identity, ImageSource, Listing, checksum, is_gone, stat_image
 from miniclip.store import EmbeddingStore
 
 _READERS = 8  # threads that read files to know them again: storage, not the processor, is what they wait for
+_SPARED = "spared"  # counted beside the reasons of the rows that prune removes
 _MAX_ATTEMPTS = 10  # to read a file whose storage fails
 
 
@@ -37,14 +49,14 @@ def is_worth_retrying(image: ImageSource, attempts: int) -> bool:
 def plan(store: EmbeddingStore, found: Listing, shard_size: int) -> None:
     """Plan new shards for those images that no shard contains yet, or whose storage failed and works again.
 
-    Rows whose files are gone or have changed die. New images that are known files under another name, or with another
-    time, come into shards of their own, for ``take_over``.
+    Rows whose files are gone, have changed or are left out die. New images that are known files under another name, or
+    with another time, come into shards of their own, for ``take_over``.
 
     Raises:
         ConfigError: if a file of a shard is damaged.
         StorageError: if a file cannot be written.
     """
-    remove_dead_shards(store, half_removed=True)
+    _finish_removals(store)
     complete = {-1, *(shard.number for shard in store.complete())}
     for shard in reversed(store.pending()):
         if any(image.taken_shard not in complete for image in shard.read_listing()):
@@ -79,24 +91,30 @@ def _known_images(store: EmbeddingStore) -> set[Identity]:
 def _deaths(store: EmbeddingStore, found: Listing) -> dict[Row, Death]:
     """The dead rows of a folder after its sources were listed again."""
     current = {image.identity for image in found.images}
-    paths = {image.path for image in found.images}
-    unknown = {image.path for image in found.images if image.size == -1}  # there, but could not be examined
+    paths = {image.path for image in found.images if image.size != -1}
+    # There, but could not be examined. A line of a text file may also name a file that is gone.
+    unknown = {image.path for image in found.images if image.size == -1 and not is_gone(image.path)}
     before, planned = read_dead_rows(store.folder), store.planned()
     numbers = {shard.number for shard in planned}
     dead = {}
     for shard in planned:
         for row, image in enumerate(shard.read_listing()):
-            death = before.get((shard.number, row))
-            if death is not None and death.reason == TAKEN and death.by not in numbers:
-                death = None  # a crash came before the shard that should take the row over
-            if death is None or death.reason != TAKEN:
+            death = settled(before.get((shard.number, row)), numbers)
+            if death is None or death.by == -1:
                 if image.identity in current:
                     death = None
                 elif image.path not in unknown and found.covers(image):
-                    death = Death(CHANGED if image.path in paths else MISSING)
+                    death = Death(CHANGED if image.path in paths else _reason(image))
             if death is not None:
                 dead[shard.number, row] = death
     return dead
+
+
+def _reason(image: ImageSource) -> str:
+    """Why a run over an image's source does not list the image."""
+    if is_gone(image.path):
+        return MISSING
+    return LEFT_OUT if stat_image(image.path).stat == image.stat else CHANGED
 
 
 def _write_plans(store: EmbeddingStore, images: Sequence[ImageSource], shard_size: int) -> None:
@@ -136,7 +154,7 @@ def _find_again(
             places = known.get((image.bytes_size, found or ""), [])
             for (shard_number, row), path in places:
                 taken[image.identity] = image._replace(taken_shard=shard_number, taken_row=row)
-                if not os.path.lexists(path):
+                if is_gone(path):
                     dead.setdefault((shard_number, row), Death(MISSING))
     return taken
 
@@ -207,18 +225,29 @@ class Pruned:
     """The result of ``prune``.
 
     Attributes:
-        missing: rows removed because their file is gone.
-        changed: rows removed because their file has other content now.
-        left: vectors that remain.
+        missing: vectors removed because their file is gone.
+        changed: vectors removed because their file has other content or another time now.
+        left_out: vectors removed because runs do not take their file any more.
+        spared: dead vectors that stay, because they are left out or their file may come back.
+        left: living vectors.
     """
 
     missing: int
     changed: int
+    left_out: int
+    spared: int
     left: int
 
 
-def prune(store: EmbeddingStore) -> Pruned:
-    """Remove the dead rows: the living rows of each shard that has dead ones are copied into new shards.
+def prune(store: EmbeddingStore, left_out: bool = False) -> Pruned:
+    """Remove the dead rows: the other rows of each shard that has dead ones are copied into new shards.
+
+    A missing image is spared if its file is there again, or if nothing is left where it lay but an empty folder: a disk
+    that is not mounted looks like that.
+
+    Args:
+        store: the folder.
+        left_out: whether to remove images that runs leave out too, though their files are there.
 
     Raises:
         ConfigError: if the folder has no manifest, a file of a shard is damaged, or another run is writing to it.
@@ -227,44 +256,85 @@ def prune(store: EmbeddingStore) -> Pruned:
     store.require_manifest()  # before the lock, which would create the folder
     with store.lock():
         store.open_again()
-        remove_dead_shards(store, half_removed=True)
+        _finish_removals(store)
         for shard in reversed(store.pending()):
             shard.remove_plan()
-        complete = store.complete()
         # Entries about the removed plans go, because new shards get their numbers.
-        numbers = {shard.number for shard in complete}
-        before = read_dead_rows(store.folder).items()
-        dead = {row: death for row, death in before if row[0] in numbers and death.by in {-1, *numbers}}
-        reasons = in_effect(dead, numbers)
-        counts = Counter(reason for rows in reasons.values() for reason in rows.values())
-        living = []
-        for shard in complete:
-            if gone := reasons.get(shard.number):
-                rows = [row for row in range(shard.count_images()) if row not in gone]
-                listing = shard.read_listing() if rows else []
-                living += [listing[row]._replace(taken_shard=shard.number, taken_row=row) for row in rows]
-        if reasons:
-            size = complete_settings(store.manifest(), {}).shard_size
-            first = _next_number(store)
-            for place, image in enumerate(living):
-                dead[image.taken_shard, image.taken_row] = Death(TAKEN, by=first + place // size)
-            write_dead_rows(store.folder, dead)  # in effect, shard by shard, once each new shard is complete
-            _write_plans(store, living, size)
-            take_over(store)
-            remove_dead_shards(store)
-        return Pruned(counts[MISSING], counts[CHANGED], store.write_failure_summary())
+        numbers = {shard.number for shard in store.complete()}
+        before = ((row, settled(death, numbers)) for row, death in read_dead_rows(store.folder).items())
+        dead = {row: death for row, death in before if row[0] in numbers and death is not None}
+        counts: Counter[str] = Counter()
+        replaced, copied = _rows_to_copy(store, dead, counts, left_out)
+        if replaced:
+            _copy_rows(store, dead, copied)
+            for shard in replaced:
+                shard.remove()
+            _forget_removed(store)
+        left = store.write_failure_summary()
+        return Pruned(counts[MISSING], counts[CHANGED], counts[LEFT_OUT], counts[_SPARED], left)
 
 
-def remove_dead_shards(store: EmbeddingStore, half_removed: bool = False) -> None:
-    """Remove the shards all of whose rows are dead, and their rows from dead.parquet.
-
-    With ``half_removed``, only those whose removal a crash has interrupted: their failures file is gone already.
-    """
-    dead = read_dead_rows(store.folder)
+def _rows_to_copy(
+    store: EmbeddingStore, dead: dict[Row, Death], counts: Counter[str], left_out: bool
+) -> tuple[list[ShardFiles], list[ImageSource]]:
+    """The shards that ``prune`` replaces, and those of their rows that stay. Counts the dead rows."""
     reasons = in_effect(dead, (shard.number for shard in store.complete()))
-    for shard in store.pending() if half_removed else store.planned():
+    replaced: list[ShardFiles] = []
+    copied: list[ImageSource] = []
+    for shard in store.complete():
+        if gone := reasons.get(shard.number):
+            listing, with_vectors = shard.read_listing(), {*shard.rows_with_vectors()}
+            spared = {row for row in gone if _is_spared(listing[row], dead[shard.number, row], left_out)}
+            counts.update(_SPARED if row in spared else gone[row] for row in gone.keys() & with_vectors)
+            if gone.keys() - spared:
+                replaced.append(shard)
+                rows = (row for row in range(len(listing)) if row not in gone or row in spared)
+                copied += [listing[row]._replace(taken_shard=shard.number, taken_row=row) for row in rows]
+    return replaced, copied
+
+
+def _is_spared(image: ImageSource, death: Death, left_out: bool) -> bool:
+    """Whether a dead row stays."""
+    if death.by != -1:
+        return False  # another shard has it
+    if death.reason != MISSING:
+        return death.reason == LEFT_OUT and not left_out
+    folder = os.path.dirname(image.path)
+    while is_gone(folder) and folder != os.path.dirname(folder):
+        folder = os.path.dirname(folder)
+    try:
+        return not is_gone(image.path) or not os.listdir(folder)
+    except OSError:
+        return True  # storage that fails says nothing about its files
+
+
+def _copy_rows(store: EmbeddingStore, dead: dict[Row, Death], copied: Sequence[ImageSource]) -> None:
+    """Copy the rows into new shards. The originals die, each once its copy is complete."""
+    size = complete_settings(store.manifest(), {}).shard_size
+    first = _next_number(store)
+    for place, image in enumerate(copied):
+        number, origin = first + place // size, (image.taken_shard, image.taken_row)
+        reason = TAKEN
+        if origin in dead:  # spared: dead in its new shard as well
+            reason = dead[origin].reason
+            dead[number, place % size] = Death(reason)
+        dead[origin] = Death(reason, by=number)
+    write_dead_rows(store.folder, dead)
+    _write_plans(store, copied, size)
+    take_over(store)
+
+
+def _finish_removals(store: EmbeddingStore) -> None:
+    """Remove the shards whose removal a crash has interrupted: all their rows are dead, and they are not complete."""
+    reasons = in_effect(read_dead_rows(store.folder), (shard.number for shard in store.complete()))
+    for shard in store.pending():
         if len(reasons.get(shard.number, ())) == shard.count_images():
             shard.remove()
-    planned = {shard.number for shard in store.planned()}
+    _forget_removed(store)
+
+
+def _forget_removed(store: EmbeddingStore) -> None:
+    """Remove the rows of shards that do not exist any more from dead.parquet."""
+    planned, dead = {shard.number for shard in store.planned()}, read_dead_rows(store.folder)
     if any(number not in planned for number, _ in dead):
         write_dead_rows(store.folder, {row: death for row, death in dead.items() if row[0] in planned})

@@ -86,7 +86,7 @@ class Listing:
         excluded: how many files and folders the rules left out.
         links: how many links to folders were not followed.
         sources: the absolute paths of the sources.
-        unreadable: folders that could not be read.
+        unreadable: folders that could not be read, and sources none of whose images is there.
     """
 
     images: list[ImageSource] = field(default_factory=list)
@@ -98,7 +98,7 @@ class Listing:
 
     def covers(self, image: ImageSource) -> bool:
         """Whether the listing would contain an image of an earlier listing if the image were still there."""
-        if any(is_below(image.path, folder) for folder in self.unreadable):
+        if image.source in self.unreadable or any(is_below(image.path, folder) for folder in self.unreadable):
             return False
         return image.source in self.sources or any(is_below(image.path, source) for source in self.sources)
 
@@ -106,6 +106,17 @@ class Listing:
 def is_below(path: str, folder: str) -> bool:
     """Whether a path is a folder or lies below it. Both are absolute."""
     return path == folder or path.startswith(os.path.join(folder, ""))
+
+
+def is_gone(path: str) -> bool:
+    """Whether there is certainly no file of this name. Storage that fails says nothing about its files."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except (OSError, ValueError):
+        return False
+    return False
 
 
 def checksum(file: io.BufferedReader | io.BytesIO) -> str:
@@ -168,6 +179,8 @@ def _add_source(listing: Listing, source: Path, rules: Rules) -> None:
         listing.images += _expand(os.path.abspath(source))
     else:
         listing.images += _read_list(source)
+        if all(is_gone(image.path) for image in listing.images[start:]):
+            listing.unreadable.append(listing.sources[-1])
     listing.images[start:] = [image._replace(source=listing.sources[-1]) for image in listing.images[start:]]
 
 

@@ -23,8 +23,8 @@ from test_embed import SLOW
 
 import miniclip
 from miniclip import embed, planning
-from miniclip.dead_rows import CHANGED, MISSING, read_dead_rows
-from miniclip.sources import ImageSource
+from miniclip.dead_rows import CHANGED, LEFT_OUT, MISSING, read_dead_rows
+from miniclip.sources import ImageSource, list_images
 from miniclip.store import EmbeddingStore
 
 
@@ -185,16 +185,50 @@ def test_a_run_over_another_source_says_nothing_about_the_first(library: Library
     assert "../other/x.png" in library.found()
 
 
-def test_a_line_removed_from_a_list_is_missing(library: Library, tmp_path: Path) -> None:
-    for n in (60, 61):
+def test_the_files_and_the_lines_of_a_list_come_and_go(library: Library, tmp_path: Path) -> None:
+    for n in (60, 61, 62):
         make_image(tmp_path / "listed" / f"{n}.png", n)
-    paths = [str(tmp_path / "listed" / f"{n}.png") for n in (60, 61)]
-    (tmp_path / "list.txt").write_text("\n".join(paths))
-    library.embed(tmp_path / "list.txt")
-    (tmp_path / "list.txt").write_text(paths[0])
-    library.embed(tmp_path / "list.txt")
-    found = library.found(missing=True)
-    assert (found["../listed/60.png"], found["../listed/61.png"]) == (False, True)
+    paths = [str(tmp_path / "listed" / f"{n}.png") for n in (60, 61, 62)]
+    list_file = tmp_path / "list.txt"
+
+    def listed() -> dict[str, bool]:
+        library.embed(list_file)
+        return {name[10:12]: gone for name, gone in library.found(missing=True).items() if name.startswith("../listed")}
+
+    list_file.write_text("\n".join(paths))
+    assert listed() == {"60": False, "61": False, "62": False}
+    list_file.write_text("\n".join(paths[:2]))  # its file is not missing, but it is not wanted any more
+    assert listed() == {"60": False, "61": False}
+    os.rename(paths[1], tmp_path / "gone.png")
+    assert listed() == {"60": False, "61": True}
+    os.rename(tmp_path / "listed", tmp_path / "unplugged")  # the disk that holds all listed files
+    assert listed() == {"60": False, "61": True}
+    os.rename(tmp_path / "unplugged", tmp_path / "listed")
+    os.rename(tmp_path / "gone.png", paths[1])
+    assert listed() == {"60": False, "61": False}
+    assert library.decoded == []
+
+
+def test_images_that_a_later_run_leaves_out_are_hidden_and_not_removed(library: Library, tmp_path: Path) -> None:
+    (tmp_path / "linked").mkdir()
+    make_image(tmp_path / "linked" / "x.png", 80)
+    (library.photos / "link").symlink_to(tmp_path / "linked")
+    make_image(library.photos / "raw" / "y.png", 81)
+    library.embed(follow_links=True)
+    everything = library.found()
+    assert everything.keys() == ALL | {"link/x.png", "raw/y.png"}
+    library.embed(exclude=["raw/"])
+    assert library.found(missing=True) == dict.fromkeys(ALL, False)
+    done = planning.prune(EmbeddingStore(library.out))
+    assert (done.missing, done.left_out, done.spared, done.left) == (0, 0, 2, 8)
+    assert library.embed(follow_links=True).embedded == 0
+    assert library.decoded == []
+    assert library.found() == everything
+    library.embed(exclude=["raw/"])
+    done = planning.prune(EmbeddingStore(library.out), left_out=True)
+    assert (done.missing, done.left_out, done.spared, done.left) == (0, 2, 0, 8)
+    assert library.embed(follow_links=True).embedded == 2
+    assert library.found() == everything
 
 
 def test_model_and_settings_come_from_the_manifest(library: Library) -> None:
@@ -236,14 +270,18 @@ def test_a_damaged_list_of_dead_rows_is_named(library: Library) -> None:
 
 
 def disturb(library: Library) -> None:
-    """Two images gone, one changed, two touched, one that fails."""
+    """Two images gone, a third with an empty folder left, one changed, two touched, one left out, one that fails."""
+    make_image(library.photos / "sub" / "x.png", 90)
+    make_image(library.photos / "raw.png", 91)
+    library.embed()
+    (library.photos / "sub" / "x.png").unlink()
     for name in ("0.png", "5.png"):
         (library.photos / name).unlink()
     make_image(library.photos / "3.png", 100)
     for name in ("1.png", "6.png"):
         os.utime(library.photos / name, (1, 1))
     (library.photos / "broken.png").write_text("this is not an image")
-    library.embed()
+    library.embed(exclude=["raw.png"])
 
 
 def test_prune_removes_dead_rows_and_nothing_else(library: Library) -> None:
@@ -252,18 +290,88 @@ def test_prune_removes_dead_rows_and_nothing_else(library: Library) -> None:
     vectors = {name: library.vector(name) for name in expected}
     rows = len(miniclip.Index.open(library.out))
     done = planning.prune(EmbeddingStore(library.out))
-    assert (done.missing, done.left) == (2, 6)
+    assert done == planning.Pruned(missing=2, changed=3, left_out=0, spared=2, left=6)
     index = miniclip.Index.open(library.out)
-    assert len(index) == 6 < rows
-    assert not index.dead.any()
-    assert library.found(missing=True) == expected
+    assert len(index) == 8 < rows
+    assert int(index.dead.sum()) == 2
+    assert library.found(missing=True) == {**expected, "sub/x.png": True}  # its disk may not be mounted
     assert all(np.array_equal(library.vector(name), vectors[name]) for name in expected)
     assert "broken.png" in (library.out / "failures.jsonl").read_text()
     before = contents(library.out)
-    assert planning.prune(EmbeddingStore(library.out)) == planning.Pruned(0, 0, 6)
+    assert planning.prune(EmbeddingStore(library.out)) == planning.Pruned(0, 0, 0, 2, 6)
     assert contents(library.out) == before
-    assert library.embed().embedded == 0  # nothing is embedded again, and the broken file is not tried again
+    # Nothing is embedded again, the broken file is not tried again, and what was spared comes back.
+    make_image(library.photos / "sub" / "x.png", 90)
+    assert library.embed().embedded == 0
     assert library.decoded == []
+    assert library.found() == {**expected, "sub/x.png": False, "raw.png": False}
+
+
+def test_prune_spares_an_image_that_is_there_again(library: Library) -> None:
+    (library.photos / "3.png").rename(library.photos.parent / "away.png")
+    library.embed()
+    (library.photos.parent / "away.png").rename(library.photos / "3.png")
+    assert planning.prune(EmbeddingStore(library.out)).spared == 1
+    library.embed()
+    assert library.found() == dict.fromkeys(ALL, False)
+    assert library.decoded == []
+
+
+def test_entries_of_plans_that_prune_removes_never_hide_images_of_new_shards(library: Library) -> None:
+    """A killed run leaves a plan, and its files vanish. The shards that prune makes get the numbers of the plan."""
+    kept = library.found()
+    for n in range(20, 26):
+        make_image(library.photos / f"{n}.png", n)
+    store = EmbeddingStore(library.out)
+    planning.plan(store, list_images([library.photos]), 3)  # killed before any shard
+    for n in range(20, 26):
+        (library.photos / f"{n}.png").unlink()
+    make_image(library.photos / "30.png", 30)
+    planning.plan(store, list_images([library.photos]), 3)  # killed again: the entries of the first plan are dead
+    (library.photos / "30.png").unlink()
+    (library.photos / "0.png").unlink()
+    del kept["0.png"]
+    library.embed()
+    planning.prune(store)
+    assert library.found() == kept
+    library.embed()
+    assert library.found() == kept
+    assert library.decoded == []
+
+
+def test_a_plan_to_copy_from_a_lost_shard_is_made_anew(library: Library) -> None:
+    for name in ALL:
+        os.utime(library.photos / name, (1, 1))
+    store = EmbeddingStore(library.out)
+    planning.plan(store, list_images([library.photos]), 3)  # killed before anything is copied
+    for kind, suffix in (("failures", "jsonl"), ("listing", "parquet"), ("metadata", "parquet"), ("img_emb", "npy")):
+        (library.out / kind / f"{kind}_0.{suffix}").unlink()
+    done = library.embed()
+    assert (done.taken, done.embedded, done.total) == (5, 3, 8)
+    assert library.found() == dict.fromkeys(ALL, False)
+
+
+def test_an_empty_source_hides_nothing_beside_a_full_one(library: Library, tmp_path: Path) -> None:
+    make_image(tmp_path / "disk" / "x.png", 50)
+    sources = library.photos, tmp_path / "disk"
+    library.embed(*sources)
+    (tmp_path / "disk" / "x.png").unlink()  # an empty mount point looks like this
+    library.embed(*sources)
+    assert library.found().keys() == ALL | {"../disk/x.png"}
+    make_image(tmp_path / "disk" / "y.png", 51)
+    library.embed(*sources)
+    assert library.found().keys() == ALL | {"../disk/y.png"}
+
+
+def test_a_manifest_without_a_model_is_named(library: Library) -> None:
+    path = library.out / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["model"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(miniclip.ConfigError, match="names no model"):
+        miniclip.Index.open(library.out)
+    with pytest.raises(miniclip.ConfigError, match="no valid model"):
+        miniclip.embed_images(library.photos, library.out, device="cpu")
 
 
 def test_prune_of_a_folder_that_is_none_creates_nothing(tmp_path: Path) -> None:
@@ -309,7 +417,7 @@ def test_a_prune_that_dies_at_any_write_ends_in_the_same_bytes(
         assert contents(library.out) == contents(whole)
         # A run of embed before the next prune finds nothing to do, and takes nothing twice.
         library.out = tmp_path / f"embedded after {place}"
-        assert library.embed().embedded == 0
+        assert library.embed(exclude=["raw.png"]).embedded == 0
         assert library.found() == expected
         assert library.decoded == []
     assert place > 20
@@ -323,7 +431,7 @@ def test_a_killed_prune_loses_nothing(library: Library, tmp_path: Path) -> None:
     shutil.copytree(library.out, whole)
     assert run_cli("prune", whole).returncode == 0
     killed = 0
-    for _ in range(8):
+    for _ in range(10):
         process = subprocess.Popen(
             [sys.executable, "-c", SLOW, "prune", str(library.out)],
             env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -340,4 +448,4 @@ def test_a_killed_prune_loses_nothing(library: Library, tmp_path: Path) -> None:
     assert killed >= 3
     assert run_cli("prune", library.out).returncode == 0
     assert contents(library.out) == contents(whole)
-    assert MISSING not in {death.reason for death in read_dead_rows(library.out).values()}
+    assert sorted(death.reason for death in read_dead_rows(library.out).values()) == [LEFT_OUT, MISSING]
