@@ -57,6 +57,8 @@ def labels_of(labels: Sequence[str], file: str | None) -> list[str]:
     """
     labels = [*labels]
     if file is not None:
+        if file == "-" and sys.stdin is None:
+            raise InputError("standard input is closed: give --labels-file a file")
         try:
             text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8-sig")
         except (OSError, ValueError) as error:

@@ -78,6 +78,21 @@ class _Parser(argparse.ArgumentParser):
         super().error(message)
 
 
+class _Command(_Parser):
+    """The parser of one command. Options may stand between its positional arguments: DIR -k 3 TEXT."""
+
+    _intermixed = False
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        if self._intermixed:  # the call below calls this method
+            return super().parse_known_args(args, namespace)
+        self._intermixed = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._intermixed = False
+
+
 def _print_error(message: str) -> None:
     if sys.stderr is not None:  # if it was closed before the program started, print would write to stdout
         print(f"miniclip: {message}", file=sys.stderr)
@@ -86,7 +101,7 @@ def _print_error(message: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="miniclip", description="Images and words in one space: OpenAI's CLIP.")
     parser.add_argument("--version", action="version", version=f"miniclip {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Command)
     shows = "show what the demo model can and cannot do"
     description = f"{shows.capitalize()}, on sample images in this package: in seconds, and offline."
     commands.add_parser("demo", help=shows, description=description).set_defaults(run=_demo)
