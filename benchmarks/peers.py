@@ -90,14 +90,13 @@ def compiled(model: CLIPModel, kind: str) -> Encoder:
     return encode
 
 
-def onnx_file(model: CLIPModel, kind: str, path: Path) -> Path:
+def onnx_file(model: CLIPModel, kind: str, path: Path, name: str = "x") -> Path:
     """Write a tower as ONNX, for batches of any size."""
     size: int = model.config.vision_config.image_size  # type: ignore[union-attr, assignment]
     example = torch.randn(2, 3, size, size) if kind == "images" else torch.randint(1, 99, (2, 77))
     batch = torch.export.Dim("batch", min=1, max=4096)
-    torch.onnx.export(
-        _Tower(model, kind).eval(), (example,), path, dynamo=True, dynamic_shapes=({0: batch},), verbose=False
-    )
+    tower, shapes = _Tower(model, kind).eval(), ({0: batch},)
+    torch.onnx.export(tower, (example,), path, dynamo=True, dynamic_shapes=shapes, input_names=[name], verbose=False)
     return path
 
 
