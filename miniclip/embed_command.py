@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -34,6 +35,9 @@ def print_summary(options: argparse.Namespace, done: Summary, print_error: Calla
     if done.failed:
         files = "1 file" if done.failed == 1 else f"{done.failed:,} files"
         print_error(f"{files} could not be embedded; see {os.path.join(options.out, 'failures.jsonl')}")
+    if not options.quiet and done.total and sys.stdout is not None and sys.stdout.isatty():
+        folder = shlex.quote(options.out)
+        print(f'now: miniclip search {folder} "a dog in the snow"\nor in a browser: miniclip serve {folder}')
 
 
 class ProgressPrinter:

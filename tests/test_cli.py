@@ -241,6 +241,7 @@ def test_a_terminal_shows_a_progress_bar_and_ranks(photos: Path, tiny: Path, tmp
     assert "29/29" in bar
     assert " images/s" in bar
     assert "6 failed" in bar
+    assert bar.replace("\r", "").endswith(f'search {out} "a dog in the snow"\nor in a browser: miniclip serve {out}\n')
     ranks = run_in_terminal("search", out, "a dog", "-k", "3", columns=200).splitlines()
     assert [line.split()[0] for line in ranks] == ["1", "2", "3"]
     assert all(line.split()[2].startswith(str(photos)) for line in ranks)
