@@ -1,12 +1,12 @@
 """Train a CLIP, from scratch or from given weights, as in section 2 of the paper (arXiv:2103.00020).
 
     python training/emoji_data.py emoji
-    python training/train.py emoji/train runs/demo --half --prompts 0.5 --two-captions --neighbours 4 \\
+    python training/train.py emoji/train runs/first --half --prompts 0.5 --two-captions --neighbours 4 \\
         --later 'line/*' --steps 8000
     python training/train.py my_images runs/mine --config ViT-B/16 --augment photos --batch-size 1024 --steps 50000
     python training/train.py my_images runs/tuned --init ViT-B/32 --augment photos --learning-rate 1e-5
 
-The first two commands make the model that load("demo") gives.
+The first two commands begin the model that load("demo") gives. docs/training.md has all.
 
 The first folder holds images and a captions.csv with the columns image,caption. An image may have several rows. The
 first is its concept: a batch never holds two images of one concept. At each step one of the rows is drawn at random;
