@@ -24,7 +24,7 @@ from miniclip.html_page import THUMBNAIL
 from miniclip.images import decode_image
 
 WEB = Path(__file__).parent / "data" / "web"
-PAGES = {"index.html": "text/html", "app.js": "text/javascript", "style.css": "text/css"}
+PAGES = {"index.html": "text/html", "app.js": "text/javascript", "style.css": "text/css", "icon.svg": "image/svg+xml"}
 MAX_UPLOAD = 64 * 2**20  # bytes of an image that is sent
 LARGE = 2048  # pixels of the longer side in the large view
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})

@@ -217,7 +217,7 @@ for (const name of tabs) {
 
 function take(files) {
   const image = [...files].find((file) => file.type.startsWith("image/"));
-  if (!image) say(byId(current() === "search" ? "status" : "classify-status"), "That is no image.", true);
+  if (!image) say(byId(current() === "search" ? "status" : "classify-status"), "That is not an image.", true);
   else if (current() === "search") useImage(image);
   else useClassified(image);
 }
