@@ -31,7 +31,7 @@ function startSearch() {
   const parameters = [];
   if (text) parameters.push(["text", text]);
   if (without) parameters.push(["not", without]);
-  if (state.row !== null) parameters.push(["row", state.row]);
+  if (state.row !== null) parameters.push(["row", state.row.row], ["generation", state.row.generation]);
   Object.assign(state, { query: parameters, results: [], done: false, loading: false, turn: state.turn + 1 });
   byId("grid").replaceChildren();
   loadMore();
@@ -44,10 +44,10 @@ async function loadMore() {
   say(byId("status"), "Searching …");
   try {
     const parameters = [...state.query, ["offset", state.results.length], ["count", PAGE]];
-    const { results } = await ask("api/search", parameters, state.image);
+    const { generation, results } = await ask("api/search", parameters, state.image);
     if (turn !== state.turn) return; // another search has begun
     state.done = results.length < PAGE;
-    for (const result of results) addResult(result);
+    for (const result of results) addResult({ ...result, address: `${generation}/${result.row}`, generation });
     say(byId("status"), state.results.length ? `${state.results.length}${state.done ? "" : " or more"} images` : "No images.");
   } catch (error) {
     if (turn !== state.turn) return;
@@ -72,7 +72,7 @@ function addResult(result) {
   image.alt = name;
   image.loading = "lazy";
   image.addEventListener("error", () => { frame.textContent = "The image is gone."; });
-  image.src = `thumbnail/${result.row}`;
+  image.src = `thumbnail/${result.address}`;
   frame.append(image);
   const caption = document.createElement("small");
   const score = document.createElement("b");
@@ -92,10 +92,10 @@ function useImage(image) {
 }
 
 function useRow(result) {
-  state.row = result.row;
+  state.row = result;
   state.image = null;
   byId("text").value = "";
-  showLike(`thumbnail/${result.row}`, `More like ${result.path}`);
+  showLike(`thumbnail/${result.address}`, `More like ${result.path}`);
   startSearch();
 }
 
@@ -120,7 +120,7 @@ function openLarge(number) {
   byId("large-image").hidden = false;
   byId("large-gone").hidden = true;
   byId("large-image").alt = result.path;
-  byId("large-image").src = `image/${result.row}`;
+  byId("large-image").src = `image/${result.address}`;
   byId("large-path").textContent = result.path;
   byId("large-score").textContent = result.score.toFixed(3);
   byId("copy").textContent = "Copy path";
