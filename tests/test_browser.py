@@ -75,6 +75,12 @@ def test_a_missing_browser_is_a_failure_where_one_is_required(monkeypatch: pytes
             pass
 
 
+def row_of(gallery: Gallery, match: miniclip.Match) -> dict[str, object]:
+    """A result as the page holds it."""
+    generation = gallery.about()["generation"]
+    return {"row": match.row, "path": match.path, "generation": generation, "address": f"{generation}/{match.row}"}
+
+
 # -- searching --------------------------------------------------------------------------------------------------------
 
 
@@ -167,7 +173,7 @@ def test_the_large_view_shows_the_path_and_copies_it(page: Page, gallery: Galler
 @pytest.mark.gone
 def test_an_image_that_is_gone_is_called_gone(page: Page, gallery: Gallery) -> None:
     gone = next(match for match in gallery.index.search("blocks", k=400) if match.path.endswith("gone.png"))
-    near = page.results_after(lambda: page.run("useRow(arguments[0])", {"row": gone.row, "path": gone.path}))
+    near = page.results_after(lambda: page.run("useRow(arguments[0])", row_of(gallery, gone)))
     assert near[0] == "gone.png"
     page.wait(lambda: "gone" in page.all("#grid .frame")[0].text)
     page.all("#grid button")[0].click()
@@ -179,7 +185,7 @@ def test_an_image_that_is_gone_is_called_gone(page: Page, gallery: Gallery) -> N
 @pytest.mark.gone
 def test_a_name_with_html_in_it_is_text(page: Page, gallery: Gallery) -> None:
     nasty = next(match for match in gallery.index.search("blocks", k=400) if match.path.endswith(NASTY))
-    page.results_after(lambda: page.run("useRow(arguments[0])", {"row": nasty.row, "path": nasty.path}))
+    page.results_after(lambda: page.run("useRow(arguments[0])", row_of(gallery, nasty)))
     assert NASTY in page.all("#grid button")[0].text
     assert NASTY in page["like-text"].text
     page.all("#grid button")[0].click()
