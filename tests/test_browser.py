@@ -142,7 +142,7 @@ def test_scrolling_loads_the_rest_once(page: Page, gallery: Gallery) -> None:
         page.run("scrollTo(0, document.body.scrollHeight)")
         page.wait(lambda before=count: len(page.names()) > before)
     assert page.names() == names(gallery, "blocks", k=len(gallery.index))
-    page.wait(lambda: page["status"].text == f"{len(gallery.index)} images")
+    page.wait(lambda: page["status"].text == f"{len(gallery.index)} images, the best first")
 
 
 def test_a_file_that_is_not_an_image_gets_a_sentence(page: Page, tmp_path: Path) -> None:
