@@ -224,6 +224,7 @@ def test_the_keyboard_is_enough(page: Page) -> None:
     page.press(Keys.ESCAPE)
     page.wait(lambda: not page["large"].is_displayed())
     assert page.driver.switch_to.active_element == buttons[0]  # where the user was
+    page.wait(lambda: not page.run("return history.state.large"))
     page.press(Keys.ESCAPE)
     assert page["text"].get_attribute("value") == ""
     assert page.driver.switch_to.active_element == page["text"]
@@ -293,7 +294,7 @@ function contrast(element, pseudo) {
 }
 const found = [];
 for (const element of document.querySelectorAll("body *")) {
-  if (!element.checkVisibility()) continue;
+  if (!element.checkVisibility() || element.disabled) continue;
   const texts = [...element.childNodes].filter((node) => node.nodeType === Node.TEXT_NODE && node.data.trim());
   const words = texts.map((node) => node.data);
   if (words.length) found.push([words.join(" ").trim(), contrast(element)]);

@@ -332,7 +332,9 @@ addEventListener("keydown", (event) => {
     event.preventDefault();
     byId("text").select();
   } else if (event.key === "Escape" && current() === "search") {
-    go(NOTHING);
+    const { query } = state.view;
+    if (query.image || parametersOf(query).length) go(NOTHING);
+    else byId("text").value = byId("without").value = "";
     byId("text").focus();
   } else if (event.key.startsWith("Arrow") && event.target.closest?.("#grid")) {
     moveInGrid(event);
