@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 import pytest
 from browser import Page, chromium, served
@@ -13,6 +14,7 @@ from helpers import ROOT, make_image
 from selenium.webdriver.common.keys import Keys
 
 import miniclip
+from miniclip import planning, store
 from miniclip.gallery import Gallery
 from miniclip.web_app import make_app
 
@@ -407,3 +409,66 @@ def test_the_page_asks_its_own_server_alone(page: Page, address: str) -> None:
     asked = page.requests()
     assert any("/thumbnail/" in each for each in asked)  # the log does see requests
     assert {each for each in asked if not each.startswith(address)} <= {"about:blank", "data:,"}
+
+
+# -- addresses, the way back, and what goes wrong ---------------------------------------------------------------------
+
+
+@pytest.mark.gone
+def test_an_address_holds_the_query(page: Page, address: str, gallery: Gallery) -> None:
+    page.search("an animal & more", "a cat")
+    found = page.driver.current_url.removeprefix(address)
+    assert parse_qs(found.removeprefix("?")) == {"text": ["an animal & more"], "not": ["a cat"]}
+    page.driver.get("about:blank")
+    page.open(found)
+    page.wait(page.names)
+    assert page.names()[:20] == names(gallery, "an animal & more", without="a cat", k=20)
+    assert page["without"].get_attribute("value") == "a cat"
+    page.open("?labels=guitar,cat#classify")
+    assert page["classify"].is_displayed()
+    assert page["labels"].get_attribute("value") == "guitar,cat"
+
+
+@pytest.mark.gone
+def test_the_way_back_closes_the_large_view_and_shows_what_was_there(page: Page) -> None:
+    first = page.search("a cat")
+    page.all("#grid button")[0].click()
+    page.driver.back()
+    page.wait(lambda: not page["large"].is_displayed())
+    assert page.names() == first
+    page.results_after(lambda: page.give("drop", SAMPLES / "sailboat.png"))
+    page.all("#grid button")[2].click()
+    page.results_after(page["more-like"].click)
+    page.driver.back()  # not to the large view: it was left for this search
+    page.wait(lambda: page["like-text"].text == "sailboat.png")
+    assert page.names()[0] == "sailboat.png"
+    page.driver.back()
+    page.wait(lambda: not page["like"].is_displayed())
+    assert page.names() == first
+    assert page["text"].get_attribute("value") == "a cat"
+
+
+def test_a_server_that_has_ended_gets_a_sentence(browser: Any, gallery: Gallery) -> None:
+    with served(make_app(gallery)) as address:
+        page = Page(browser, address)
+    page["text"].send_keys("a cat", Keys.ENTER)
+    page.wait(lambda: "The server does not answer." in page["status"].text)
+    assert "error" in page["status"].get_attribute("class")
+
+
+def test_a_page_that_is_open_while_its_folder_is_pruned_searches_again(browser: Any, tmp_path: Path) -> None:
+    for n in range(6):
+        make_image(tmp_path / "photos" / f"{n}.png", n)
+    miniclip.embed_images(tmp_path / "photos", tmp_path / "vectors", "demo", device="cpu")
+    with served(make_app(Gallery(tmp_path / "vectors"))) as address:
+        page = Page(browser, address)
+        page.search("blocks")
+        before = page.run("return state.view.results[0].generation")
+        for n in (0, 1):
+            (tmp_path / "photos" / f"{n}.png").unlink()
+        miniclip.embed_images(tmp_path / "photos", tmp_path / "vectors", "demo", device="cpu")
+        planning.prune(store.EmbeddingStore(tmp_path / "vectors"))
+        page.all("#grid button")[0].click()  # its address has passed
+        page.wait(lambda: sorted(page.names()) == [f"{n}.png" for n in range(2, 6)])
+        assert page.run("return state.view.results[0].generation") != before
+        page.driver.get("about:blank")
