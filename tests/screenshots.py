@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def take(page: Page, out: Path) -> None:
     save(page, out / "serve_large.png")
     page.driver.back()
     page["tab-classify"].click()
-    page["labels"].send_keys("cat, elephant, guitar, pizza")
+    page["labels"].send_keys("animal, elephant, plant, food")
     page.give("drop", SAMPLES / "elephant.png")
     page.wait(lambda: page.all("#answers li"))
     save(page, out / "serve_classify.png")
@@ -63,9 +64,12 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         vectors = Path(folder) / "vectors"
-        miniclip.embed_images([SAMPLES, *options.folders], vectors, "demo", device="cpu")
+        photos = Path(tempfile.gettempdir()) / "photos"  # the large view shows it, so it has a plain name
+        shutil.copytree(SAMPLES, photos)
+        miniclip.embed_images([photos, *options.folders], vectors, "demo", device="cpu")
         with served(make_app(Gallery(vectors))) as address, chromium() as driver:
             take(Page(driver, address), options.out)
+        shutil.rmtree(photos)
 
 
 if __name__ == "__main__":

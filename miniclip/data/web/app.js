@@ -255,7 +255,7 @@ async function classify() {
       const item = document.createElement("li");
       const [name, percent, bar] = ["span", "b", "meter"].map((kind) => document.createElement(kind));
       name.textContent = label;
-      percent.textContent = `${(100 * probability).toFixed(1)} %`;
+      percent.textContent = `${(100 * probability).toFixed(1)}%`;
       bar.value = probability;
       bar.setAttribute("aria-label", `${label}: ${percent.textContent}`);
       item.append(name, percent, bar);
