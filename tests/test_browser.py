@@ -253,7 +253,7 @@ def test_a_dropped_image_is_classified_with_bars(page: Page) -> None:
     expected = classifier(miniclip.open_image(SAMPLES / "cat.png"))
     assert [row.text.splitlines()[0] for row in page.all("#answers li")] == [label for label, _ in expected]
     assert expected[0][0] == "cat"
-    bars = page.run("return [...document.querySelectorAll('#answers meter')].map((bar) => bar.value)")
+    bars = page.run("return [...document.querySelectorAll('#answers progress')].map((bar) => bar.value)")
     assert bars == [pytest.approx(value, abs=1e-4) for _, value in expected]
     page["labels"].clear()
     page["labels"].send_keys("house, umbrella", Keys.ENTER)
@@ -371,7 +371,7 @@ def test_every_control_has_a_name_and_every_image_an_alternative(page: Page) -> 
     page["labels"].send_keys("guitar, cat")
     page.give("drop", SAMPLES / "cat.png")
     page.wait(lambda: page.all("#answers li"))
-    check("button, input, meter, img, ol", 8)
+    check("button, input, progress, img, ol", 8)
 
 
 @pytest.mark.gone

@@ -253,7 +253,7 @@ async function classify() {
     say(byId("classify-status"), "");
     for (const { label, probability } of answer.labels) {
       const item = document.createElement("li");
-      const [name, percent, bar] = ["span", "b", "meter"].map((kind) => document.createElement(kind));
+      const [name, percent, bar] = ["span", "b", "progress"].map((kind) => document.createElement(kind));
       name.textContent = label;
       percent.textContent = `${(100 * probability).toFixed(1)}%`;
       bar.value = probability;
