@@ -472,3 +472,12 @@ def test_a_page_that_is_open_while_its_folder_is_pruned_searches_again(browser: 
         page.wait(lambda: sorted(page.names()) == [f"{n}.png" for n in range(2, 6)])
         assert page.run("return state.view.results[0].generation") != before
         page.driver.get("about:blank")
+
+
+def test_the_token_is_taken_out_of_the_address(browser: Any, gallery: Gallery) -> None:
+    with served(make_app(gallery, token="secret")) as address:
+        page = Page(browser, f"{address}?token=secret&text=a+cat")
+        page.wait(page.names)
+        assert page.driver.current_url == f"{address}?text=a+cat"
+        assert page.search("a pizza")[0] == "pizza.png"  # by the cookie
+        page.driver.get("about:blank")
