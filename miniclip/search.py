@@ -81,7 +81,7 @@ class Index:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], model: str | os.PathLike[str] | None = None) -> Index:
-        """Open the complete shards of a folder. Shards that a run completes later need another ``open``.
+        """Open the complete shards of a folder. Shards that a run completes later need ``reopen``.
 
         Args:
             folder: a folder that ``embed_images`` made.
@@ -104,6 +104,19 @@ class Index:
         vectors = [shard.map_vectors(len(listed)) for shard, listed in rows.items()]
         name = str(manifest["model"]) if model is None else canonical_name(model)
         return cls(store.folder, manifest, list(rows), vectors, dead, missing, name)
+
+    def reopen(self) -> Index:
+        """The folder as it is now: another index, which shares the loaded model. Errors are those of ``open``."""
+        same = self._model_name == self.manifest["model"]
+        index = Index.open(self._folder, None if same else self._model_name)
+        if index.manifest == self.manifest:
+            index._model = self._model
+        return index
+
+    @property
+    def shards(self) -> Sequence[ShardFiles]:
+        """The files of the shards that have vectors, in the order of the rows."""
+        return self._shards
 
     def __len__(self) -> int:
         """The number of rows, dead ones included."""
@@ -165,16 +178,26 @@ class Index:
         without: str | Sequence[str] = (),
         template: str = "{}",
         truncate: bool = False,
+        start: Tensor | None = None,
     ) -> Tensor:
-        """The unit vector (D,) float32 of a query. Arguments and errors are those of ``search``."""
+        """The unit vector (D,) float32 of a query. Arguments and errors are those of ``search``, but for one.
+
+        Args:
+            start: a vector (D,) to start from, such as ``vector(row)`` for "more like this one". Its unit vector is
+                added to the others, and no text and no image is needed.
+        """
         texts, others = _texts(text, "text"), _texts(without, "without")
-        if not texts and image is None:
+        if not texts and image is None and start is None:
             raise InputError("the query is empty: give a text, an image, or both")
         if "{}" not in template:
             raise InputError(f"the template {template!r} has no {{}} for the text")
+        if start is not None and tuple(start.shape) != (self.dimension,):
+            raise InputError(f"start must be a vector of {self.dimension} numbers, got shape {tuple(start.shape)}")
         model, preprocess = self.load()
         parts = []
         with torch.inference_mode():
+            if start is not None:
+                parts.append(F.normalize(start.to(model.device).float(), dim=0)[None])
             if texts or others:
                 prompts = [template.replace("{}", each) for each in texts + others]
                 tokens = tokenize(prompts, model.context_length, truncate).to(model.device)
