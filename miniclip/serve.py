@@ -37,7 +37,10 @@ def serve(
     if token is not None and not re.fullmatch("[A-Za-z0-9_-]+", token):  # it stands in addresses and in a cookie
         raise InputError("the token must consist of letters A to Z, digits, - and _")
     hosts = LOOPBACK if host in LOOPBACK else LOOPBACK | {host}
-    app = make_app(Gallery(folder, model), hosts, token)
+    gallery = Gallery(folder, model)
+    if gallery.index.notice:
+        say(gallery.index.notice)
+    app = make_app(gallery, hosts, token)
     settings = uvicorn.Config(app, host=host, port=port, log_level="warning", server_header=False)
     try:
         listening = settings.bind_socket()
