@@ -48,6 +48,7 @@ _SAMPLE = 40  # vectors for each centroid that is trained. FAISS warns below 39.
 _MOST_LISTS = 2**16
 _LEAST_PROBES = 8  # however well a sample of queries is answered with fewer
 _QUERIES = 200  # of each kind
+_WORDS = 1_000  # of which the queries are chosen
 _NEAREST = 10
 _BLOCK = 2**14  # vectors that are added or compared at a time, as float32
 _ROUNDING = 1e-6  # by which two float32 sums of one product differ
@@ -201,7 +202,8 @@ def _train(index: Index, say: Say) -> np.ndarray:
     for block in index.gather(chosen):
         sample[start : start + len(block)] = block.numpy()
         start += len(block)
-    means = faiss.Kmeans(index.dimension, lists, niter=10, spherical=True, seed=0, max_points_per_centroid=_SAMPLE)
+    points = {"min_points_per_centroid": 1, "max_points_per_centroid": _SAMPLE}
+    means = faiss.Kmeans(index.dimension, lists, niter=10, spherical=True, seed=0, **points)
     means.train(sample)
     return np.ascontiguousarray(means.centroids, np.float32)
 
@@ -270,18 +272,26 @@ def _write_segment(
 def _encode_words(index: Index) -> np.ndarray:
     """Unit vectors (N, D) float32 of words. They are another distribution than images, so recall differs.
 
-    The words are English ones that the tokenizer knows as a whole. They are sorted by how often people write them, so
-    these are the frequent ones.
+    The words are frequent English ones, which the tokenizer knows as a whole. A model that has seen few words maps all
+    others to much the same vector, so those are taken that the model tells apart best: each is the one farthest from
+    all before.
     """
     model, _ = index.load()
     tokenizer = Tokenizer()
-    known = (tokenizer.decode([token]).strip() for token in range(1_000, 21_000))
+    known = (tokenizer.decode([token]).strip() for token in range(1_000, 11_000))
     words = [word for word in known if len(word) > 3 and word.isascii() and word.isalpha()]
     whole = [word for word in words if len(tokenizer.encode(word)) == 1]
-    chosen = whole[:: max(1, len(whole) // _QUERIES)][:_QUERIES]
+    chosen = whole[:: max(1, len(whole) // _WORDS)][:_WORDS]
     with torch.inference_mode():
-        tokens = tokenize(chosen, model.context_length).to(model.device)
-        return F.normalize(model.encode_text(tokens).float(), dim=1).cpu().numpy()
+        parts = [chosen[start : start + 100] for start in range(0, len(chosen), 100)]
+        tokens = [tokenize(part, model.context_length).to(model.device) for part in parts]
+        vectors = F.normalize(torch.cat([model.encode_text(part).float().cpu() for part in tokens]), dim=1)
+    farthest = [0]
+    nearest = vectors @ vectors[0]  # of each word, the highest cosine to one that is taken
+    while len(farthest) < min(_QUERIES, len(vectors)):
+        farthest.append(int(nearest.argmin()))
+        nearest = torch.maximum(nearest, vectors @ vectors[farthest[-1]])
+    return vectors[farthest].numpy()
 
 
 def _measured(folder: Path, index: Index, record: Record, words: np.ndarray) -> Record:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from miniclip.dead_rows import DEATHS, MISSING
 from miniclip.errors import CheckpointError, ConfigError, InputError, UnknownModelError
-from miniclip.inverted_file import MOST, InvertedFile, Record, first_foreign, read_record
+from miniclip.inverted_file import MOST, InvertedFile, Record, first_foreign, import_faiss, read_record
 from miniclip.loading import load
 from miniclip.manifest import canonical_name, describe_difference, model_fingerprint, remembered_sha256
 from miniclip.model import CLIP
@@ -321,6 +321,11 @@ class Index:
         The vectors of shards that came after the inverted file are compared one by one.
         """
         if self._record is None:
+            return None
+        try:
+            import_faiss()
+        except ConfigError as problem:
+            self._record, self.notice = None, f"{problem} (searches are exact without it)"
             return None
         hidden = self._hidden[missing].rows
         try:
