@@ -162,9 +162,9 @@ def _with_new_times(record: Record, index: Index) -> Record:
 
 
 def _cover(shard: ShardFiles, vectors: np.ndarray) -> Covered:
-    mtime = shard.vectors_path.stat().st_mtime_ns
+    time = shard.vectors_time()
     digest = hashlib.blake2b(np.ascontiguousarray(vectors).view(np.uint8).data, digest_size=16).hexdigest()
-    return Covered(shard.number, len(vectors), mtime, digest)
+    return Covered(shard.number, len(vectors), time, digest)
 
 
 def _remove_leftovers(folder: Path, record: Record | None) -> None:

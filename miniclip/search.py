@@ -306,10 +306,7 @@ class Index:
 
     def shard_times(self) -> dict[int, tuple[int, int]]:
         """Number of a shard -> the number of its vectors, and the time of their file in nanoseconds."""
-        return {
-            shard.number: (len(part), shard.vectors_path.stat().st_mtime_ns)
-            for shard, part in zip(self.shards, self._vectors)
-        }
+        return {shard.number: (len(part), shard.vectors_time()) for shard, part in zip(self.shards, self._vectors)}
 
     def _search_exactly(self, reason: str) -> None:
         self._record = self._inverted = None
