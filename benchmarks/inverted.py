@@ -1,11 +1,12 @@
 """The inverted file beside exact search: build, size, memory, latency, and recall of words and images apart.
 
-    python benchmarks/inverted.py                    a million clustered vectors of 512 numbers
-    python benchmarks/inverted.py --emoji emoji      and the demo model's vectors of the images in this folder
+    python benchmarks/inverted.py --emoji emoji      a million clustered vectors, and the demo model's of these images
+    python benchmarks/inverted.py                    only the clustered ones; the other section of the file stays
     python benchmarks/inverted.py --vectors 20000    fewer; written only with --out
 
 Writes benchmarks/results/inverted-<processor>.json. training/emoji_data.py makes the folder of emoji. Every figure of a
-section comes from one run on one machine; the contenders take turns, and their medians are compared.
+section comes from one run on one machine; the contenders take turns, and their medians are compared. The load is that
+of the machine when the run began: more than 0 means that others computed, too.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import platform
 import tempfile
 import time
@@ -130,6 +132,7 @@ def measure_clustered(place: Path, count: int, threads: int, rounds: int) -> dic
     start = time.perf_counter()
     InvertedFile(folder, record, starts, index.dimension)
     seconds = time.perf_counter() - start
+    probes = sorted({*PROBES, built["chosen_probes"]})
     return {
         "vectors": count,
         "dimension": WIDTH,
@@ -138,9 +141,9 @@ def measure_clustered(place: Path, count: int, threads: int, rounds: int) -> dic
         "open_folder_seconds": folder_seconds,
         "open_inverted_file_seconds": seconds,
         "search_memory_bytes": {"exact": exact_memory, "inverted file": memory},
-        "recall_at_10": recall_at(index, opened(index), queries.numpy(), 10, PROBES),
-        "recall_at_100": recall_at(index, opened(index), queries.numpy(), 100, PROBES),
-        "median_seconds": latency(index, queries, rounds, [n for n in PROBES if n > 4]),
+        "recall_at_10": recall_at(index, opened(index), queries.numpy(), 10, probes),
+        "recall_at_100": recall_at(index, opened(index), queries.numpy(), 100, probes),
+        "median_seconds": latency(index, queries, rounds, [n for n in probes if n > 4]),
         "rounds": rounds,
     }
 
@@ -209,26 +212,28 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     faiss.omp_set_num_threads(options.threads)
     here = processor()
-    result: dict[str, Any] = {
+    about: dict[str, Any] = {
         "date": str(date.today()),
         "commit": commit(),
+        "load": round(os.getloadavg()[0], 1),
         "processor": {"name": here.name, "title": here.title, "threads": options.threads},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "faiss": version("faiss-cpu")},
     }
+    out = options.out or (RESULTS if options.vectors >= 1_000_000 else None)
+    path = out / f"inverted-{here.slug}.json" if out else None
+    result = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
     with tempfile.TemporaryDirectory() as temporary:
+        places = [Path(temporary) / name for name in ("emoji", "clustered")]
+        for place in places:
+            place.mkdir()
         if options.emoji:
-            (Path(temporary) / "emoji").mkdir()
-            result["emoji"] = measure_emoji(Path(temporary) / "emoji", options.emoji, options.threads, options.rounds)
-        (Path(temporary) / "clustered").mkdir()
-        result["clustered"] = measure_clustered(
-            Path(temporary) / "clustered", options.vectors, options.threads, options.rounds
-        )
+            result["emoji"] = about | measure_emoji(places[0], options.emoji, options.threads, options.rounds)
+        result["clustered"] = about | measure_clustered(places[1], options.vectors, options.threads, options.rounds)
     text = json.dumps(result, indent=2) + "\n"
     print(text)
-    out = options.out or (RESULTS if options.vectors >= 1_000_000 else None)
-    if out:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / f"inverted-{here.slug}.json").write_text(text, encoding="utf-8")
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

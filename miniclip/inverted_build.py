@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miniclip.errors import ConfigError, StorageError
-from miniclip.files import atomic_replace
+from miniclip.files import atomic_replace, atomic_write
 from miniclip.inverted_file import (
     FOLDER,
     Covered,
@@ -36,7 +36,7 @@ from miniclip.inverted_file import (
     record_path,
 )
 from miniclip.search import Index
-from miniclip.shard_files import ShardFiles, remove_file, write_file
+from miniclip.shard_files import ShardFiles, remove_file
 from miniclip.store import EmbeddingStore
 from miniclip.tokenizer import Tokenizer, tokenize
 
@@ -108,7 +108,7 @@ def build_inverted_file(
             record = Record(f"centroids_{secrets.token_hex(8)}.npy", len(index), 1, {})
             buffer = io.BytesIO()
             np.save(buffer, trained)
-            write_file(store.folder / FOLDER / record.centroids, buffer.getbuffer())
+            _write(store.folder / FOLDER / record.centroids, buffer.getbuffer())
         centroids = open_centroids(store.folder, record, index.dimension)
         before = sum(shard.rows for shard in record.shards)
         if (added := len(index) - before) or not record.recall:
@@ -116,7 +116,7 @@ def build_inverted_file(
             record = replace(record, segments=[*_add(store.folder, index, record, centroids)])
             say(f"measuring what {_QUERIES} words and {_QUERIES} images find")
             record = _measured(store.folder, index, record, words)
-        write_file(record_path(store.folder), record.encode())
+        _write(record_path(store.folder), record.encode())
         _remove_leftovers(store.folder, record)
         return Indexed(len(index), added, centroids.ntotal, record.probes, record.recall)
 
@@ -174,6 +174,13 @@ def _remove_leftovers(folder: Path, record: Record | None) -> None:
         ours = re.fullmatch(r"(centroids_[0-9a-f]{16}\.npy|lists_[0-9a-f]{16}\.faiss)", path.name)
         if path.name not in names and (ours or re.fullmatch(r"\.(centroids|lists|inverted_file).*\.tmp", path.name)):
             remove_file(path)
+
+
+def _write(path: Path, data: bytes | memoryview) -> None:
+    try:
+        atomic_write(path, data)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written ({error.strerror})") from None
 
 
 def _names_in_use(folder: Path) -> set[str]:
