@@ -462,7 +462,7 @@ import os, signal, sys
 from pathlib import Path
 from miniclip import cli, inverted_build
 last, place = int(sys.argv[1]), sys.argv[2]
-inverted_build.LEAST = 1000
+inverted_build.LEAST, inverted_build._WORDS = 1000, 200
 calls = 0
 def dying(action):
     def counted(*arguments, **keywords):
