@@ -113,15 +113,14 @@ def _parser() -> argparse.ArgumentParser:
             description="Find the images nearest to a text, to an image, or to both, in a folder that embed made.",
         )
     )
-    indexed = commands.add_parser(
-        "index",
-        help="make searches of many vectors fast",
-        description="Build an inverted file beside the vectors of a folder that embed made, or add new vectors to it. "
-        "A search then compares the query with some of the vectors instead of all.",
+    _add_index(
+        commands.add_parser(
+            "index",
+            help="make searches of many vectors fast",
+            description="Build an inverted file beside the vectors of a folder that embed made, or add new vectors to "
+            "it. A search then compares the query with some of the vectors instead of all.",
+        )
     )
-    indexed.add_argument("folder", metavar="DIR", help="the folder of the vectors")
-    indexed.add_argument("--model", metavar="NAME_OR_PATH", help="where the model of the vectors is now")
-    indexed.set_defaults(run=_index)
     pruned = commands.add_parser(
         "prune",
         help="remove the vectors of missing and changed images",
@@ -248,6 +247,12 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--exact", action="store_true", help="compare with every vector, also where index was run")
     parser.add_argument("--json", action="store_true", help="print a list of {path, score, missing}")
     parser.set_defaults(run=_search)
+
+
+def _add_index(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="the folder of the vectors")
+    parser.add_argument("--model", metavar="NAME_OR_PATH", help="where the model of the vectors is now")
+    parser.set_defaults(run=_index)
 
 
 def _demo(options: argparse.Namespace) -> int:

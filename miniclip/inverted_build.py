@@ -216,7 +216,7 @@ def _train(index: Index, say: Say) -> np.ndarray:
 
 
 def _add(folder: Path, index: Index, record: Record, centroids: Any) -> Iterable[Segment]:
-    """The files of lists with all shards: the full ones as they are, the last one filled up, and new ones."""
+    """The files of lists with all shards: the full ones unchanged, the last one filled up, and new ones."""
     limit = max(1, SEGMENT_BYTES // (2 * index.dimension))
     covered = {shard.number for shard in record.shards}
     later = [pair for pair in zip(index.shards, index.vectors()) if pair[0].number not in covered]
