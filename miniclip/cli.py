@@ -113,14 +113,8 @@ def _parser() -> argparse.ArgumentParser:
             description="Find the images nearest to a text, to an image, or to both, in a folder that embed made.",
         )
     )
-    _add_index(
-        commands.add_parser(
-            "index",
-            help="make searches of many vectors fast",
-            description="Build an inverted file beside the vectors of a folder that embed made, or add new vectors to "
-            "it. A search then compares the query with some of the vectors instead of all.",
-        )
-    )
+    fast = "make searches of many vectors fast: build an inverted file, or add new vectors to it"
+    _add_index(commands.add_parser("index", help=fast, description=f"M{fast[1:]}."))
     pruned = commands.add_parser(
         "prune",
         help="remove the vectors of missing and changed images",
