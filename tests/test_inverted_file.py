@@ -383,7 +383,8 @@ def empty(path: Path) -> None:
 
 def another_table(path: Path) -> None:
     data = bytearray(path.read_bytes())
-    data[40:48] = (2**40).to_bytes(8, "little")  # the length of a list
+    sizes = np.frombuffer(data, np.int64, 250, offset=32)  # of the lists; their sum stays, so FAISS notices nothing
+    sizes[:] = sizes[::-1].copy()
     path.write_bytes(data)
 
 
