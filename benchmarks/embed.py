@@ -107,7 +107,7 @@ def search(options: Options, place: Path) -> Iterator[Row]:
     yield Row("search", f"{work}, memory", [memory], "bytes")
 
 
-def write_vectors(count: int, folder: Path, place: Path) -> Path:
+def write_vectors(count: int, folder: Path | str, place: Path) -> Path:
     """Random unit vectors in the layout of ``embed_images``, which makes the manifest from one image."""
     out, images = place / "vectors", place / "one"
     images.mkdir()

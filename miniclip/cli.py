@@ -1,4 +1,4 @@
-"""The command line: ``miniclip demo``, ``classify``, ``embed``, ``search`` and ``models``."""
+"""The command line: ``miniclip demo``, ``classify``, ``embed``, ``search``, ``index`` and so on."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from miniclip.files import atomic_write
 from miniclip.html_page import page
 from miniclip.hub import BUNDLED, KNOWN, cached_model
 from miniclip.images import open_image
+from miniclip.inverted_build import LEAST, build_inverted_file
 from miniclip.loading import load
 from miniclip.planning import prune
 from miniclip.search import Index
@@ -127,6 +128,8 @@ def _parser() -> argparse.ArgumentParser:
             description="Find the images nearest to a text, to an image, or to both, in a folder that embed made.",
         )
     )
+    fast = "make searches of many vectors fast: build an inverted file, or add new vectors to it"
+    _add_index(commands.add_parser("index", help=fast, description=f"M{fast[1:]}."))
     pruned = commands.add_parser(
         "prune",
         help="remove the vectors of missing and changed images",
@@ -250,8 +253,15 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-k", type=int, default=10, metavar="N", help="how many images (default: 10)")
     parser.add_argument("--html", metavar="FILE", help="also write a page with thumbnails, to look at or to send")
     parser.add_argument("--missing", action="store_true", help="show missing images too, marked as such")
+    parser.add_argument("--exact", action="store_true", help="compare with every vector, also where index was run")
     parser.add_argument("--json", action="store_true", help="print a list of {path, score, missing}")
     parser.set_defaults(run=_search)
+
+
+def _add_index(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="the folder of the vectors")
+    parser.add_argument("--model", metavar="NAME_OR_PATH", help="where the model of the vectors is now")
+    parser.set_defaults(run=_index)
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -361,7 +371,10 @@ def _search(options: argparse.Namespace) -> int:
         truncate=options.truncate,
         min_score=options.min_score,
         missing=options.missing,
+        exact=options.exact,
     )
+    if index.notice and not options.exact:
+        _print_error(index.notice)
     if options.html:
         text = page(index, matches, _title(options))
         try:
@@ -386,6 +399,21 @@ def _title(options: argparse.Namespace) -> str:
     """What was searched for: "a dog + photo.jpg, but not snow"."""
     wanted = " + ".join([*options.text, *([options.image] if options.image else [])])
     return f"{wanted}, but not {', not '.join(options.without)}" if options.without else wanted
+
+
+def _index(options: argparse.Namespace) -> int:
+    done = build_inverted_file(
+        options.folder, options.model, lambda text: print(f"{options.folder}: {text}", flush=True)
+    )
+    if done is None:
+        print(f"{options.folder}: fewer than {LEAST:,} vectors, so exact search is fast enough and nothing was built")
+        return 0
+    found = ", ".join(f"{share:.1%} for {kind}" for kind, share in done.recall.items())
+    print(
+        f"{options.folder}: {done.added:,} vectors added, {done.vectors:,} in {done.lists:,} lists; a search probes "
+        f"{done.probes} and finds of the ten nearest images {found}"
+    )
+    return 0
 
 
 def _prune(options: argparse.Namespace) -> int:

@@ -1,14 +1,14 @@
-"""Exact search in a folder that ``embed_images`` made: the query is compared with every vector."""
+"""Search in a folder that ``embed_images`` made: exact, or through the inverted file that ``miniclip index`` made."""
 
 from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from miniclip.dead_rows import DEATHS, MISSING
 from miniclip.errors import CheckpointError, ConfigError, InputError, UnknownModelError
+from miniclip.inverted_file import MOST, InvertedFile, Record, first_foreign, import_faiss, read_record
 from miniclip.loading import load
 from miniclip.manifest import canonical_name, describe_difference, model_fingerprint, remembered_sha256
 from miniclip.model import CLIP
@@ -30,6 +31,9 @@ from miniclip.tokenizer import tokenize
 # Rows that are converted to float32 at a time. 512 numbers per row make 8 MB, which stays in the caches. Fewer rows are
 # up to a tenth faster alone, but far slower when other threads run, because torch's threads sleep between operations.
 _ROWS = 4096
+# How far the product in a list may be from the one with the stored vector. Both are of the same float16 numbers, so
+# only the order of a sum in float32 differs: a thousand times less.
+_SAME = 1e-3
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,20 @@ class Match:
     row: int
 
 
+class _Hidden(NamedTuple):
+    """The rows that a search leaves out."""
+
+    rows: Tensor  # (rows,) bool
+    alive: int  # how many others there are
+
+
 class Index:
     """The vectors of a folder, memory-mapped. ``Index.open`` makes one.
 
     Attributes:
         manifest: the content of manifest.json: how the vectors were computed.
+        shards: the shards that have vectors, in the order of ``vectors``.
+        notice: why searches are exact though the folder has an inverted file, in one sentence, or None.
         dead: (rows,) bool: the images that are gone or have changed, which a search leaves out.
         missing: (rows,) bool: those that are gone.
     """
@@ -71,13 +84,22 @@ class Index:
         model: str,
     ) -> None:
         self.manifest = manifest
+        self.shards = shards
+        self.notice: str | None = None
         self.dead, self.missing = dead, missing
+        self._hidden = {
+            shown: _Hidden(rows, len(rows) - int(rows.sum()))
+            for shown, rows in ((False, dead), (True, dead & ~missing))
+        }
         self._folder = folder
-        self._shards = shards
         self._vectors = vectors
         self._ends = list(accumulate(len(part) for part in vectors))  # of each shard, the row after its last
         self._model_name = model
         self._model: tuple[CLIP, Preprocess] | None = None
+        self._record: Record | None = None  # of an inverted file that belongs to the vectors and is not opened yet
+        self._inverted: InvertedFile | None = None
+        self._selectors: dict[bool, list[Any]] = {}
+        self._later: dict[int, int] = {}  # number of a shard that the inverted file lacks -> its first row
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], model: str | os.PathLike[str] | None = None) -> Index:
@@ -103,7 +125,9 @@ class Index:
         dead, missing = (torch.tensor([death in kinds for death in deaths]) for kinds in (DEATHS, {MISSING}))
         vectors = [shard.map_vectors(len(listed)) for shard, listed in rows.items()]
         name = str(manifest["model"]) if model is None else canonical_name(model)
-        return cls(store.folder, manifest, list(rows), vectors, dead, missing, name)
+        index = cls(store.folder, manifest, list(rows), vectors, dead, missing, name)
+        index._find_inverted_file()
+        return index
 
     def reopen(self) -> Index:
         """The folder as it is now: another index, which shares the loaded model. Errors are those of ``open``."""
@@ -138,6 +162,7 @@ class Index:
         truncate: bool = False,
         min_score: float | None = None,
         missing: bool = False,
+        exact: bool = False,
     ) -> list[Match]:
         """Find the ``k`` images nearest to texts, to an image, or to both, and far from other texts.
 
@@ -153,6 +178,7 @@ class Index:
             truncate: cut texts that are longer than the model's context, as ``tokenize`` does.
             min_score: leave out images with a lower score.
             missing: whether to return missing images too.
+            exact: whether to compare the query with every vector, also where an inverted file would do.
 
         Returns:
             The images, best first.
@@ -167,7 +193,7 @@ class Index:
         """
         _check_k(k)
         query = self.encode_query(text, image, without=without, template=template, truncate=truncate)
-        matches = self.nearest(query, k, missing=missing)
+        matches = self.nearest(query, k, missing=missing, exact=exact)
         return [match for match in matches if min_score is None or match.score >= min_score]
 
     def encode_query(
@@ -211,8 +237,11 @@ class Index:
                 raise InputError("the query cancels itself out: it looks for what it excludes")
             return F.normalize(total, dim=0).float().cpu()
 
-    def nearest(self, query: Tensor, k: int = 10, *, missing: bool = False) -> list[Match]:
+    def nearest(self, query: Tensor, k: int = 10, *, missing: bool = False, exact: bool = False) -> list[Match]:
         """Find the ``k`` images nearest to a unit vector (D,).
+
+        If the folder has an inverted file and ``k`` is at most 100, some images may be other than the nearest. Their
+        scores are always exact. ``missing`` and ``exact`` are those of ``search``.
 
         Returns:
             The images, best first. Images with equal scores stay in the order in which they were listed.
@@ -227,47 +256,130 @@ class Index:
         query = query.detach().float().cpu()
         if not (length := query.double().norm().item()) < 1e3:  # also true for nan
             raise InputError(f"the query must be a unit vector, but its length is {length:g}")
-        best = self._best(query, k, self.dead & ~self.missing if missing else self.dead)
+        best = self._best(query, k, missing, exact)
         paths = self.paths(row for row, _ in best)
         return [Match(path, score, bool(self.missing[row]), row) for path, (row, score) in zip(paths, best)]
 
-    def _best(self, query: Tensor, k: int, hidden: Tensor) -> list[tuple[int, float]]:
-        """The rows with the ``k`` highest scores that are not ``hidden`` (rows,), and these scores.
+    def _best(self, query: Tensor, k: int, missing: bool, exact: bool) -> list[tuple[int, float]]:
+        """The rows with the ``k`` highest scores that are not hidden, and these scores.
 
         float32 selects the candidates, float64 decides. A sum in float32 also depends on the row's position in a block,
         but equal vectors must get equal scores.
         """
-        scores = self._scores(query).masked_fill_(hidden, -torch.inf)
-        k = min(k, len(self) - int(hidden.sum()))
+        k = min(k, self._hidden[missing].alive)
         if k == 0:
             return []
-        # The largest error of a sum of D products in float32, for unit vectors: D units in the last place.
-        error = self.dimension * torch.finfo(torch.float32).eps * query.norm().item()
-        candidates = (scores >= scores.topk(k).values[-1] - 2 * error).nonzero()[:, 0]
-        exact = torch.cat([(part.double() * query.double()).sum(dim=1) for part in self._gather(candidates)])
-        best = exact.sort(descending=True, stable=True)
-        return list(zip(candidates[best.indices[:k]].tolist(), best.values[:k].tolist()))
+        # Twice the largest error of a sum of D products in float32, for unit vectors: D units in the last place.
+        error = 2 * self.dimension * torch.finfo(torch.float32).eps * query.norm().item()
+        if exact or k > MOST or (best := self._probed(query, k, missing, error)) is None:
+            candidates = self._compared(query, k, self._hidden[missing].rows, error, self._starts())
+            best = candidates, self._exact_scores(query, candidates)
+        candidates, scores = best
+        order = scores.sort(descending=True, stable=True)
+        return list(zip(candidates[order.indices[:k]].tolist(), order.values[:k].tolist()))
 
-    def _scores(self, query: Tensor) -> Tensor:
-        """The product of every vector and the query, (rows,) float32."""
-        scores, start = torch.empty(len(self)), 0
+    def _exact_scores(self, query: Tensor, rows: Tensor) -> Tensor:
+        """The products of ``rows``, which are in ascending order, and the query: (rows,) float64."""
+        blocks = [(part.double() * query.double()).sum(dim=1) for part in self.gather(rows)]
+        return torch.cat(blocks) if blocks else torch.empty(0, dtype=torch.float64)
+
+    def _starts(self) -> dict[int, int]:
+        """Number of a shard -> its first row."""
+        return dict(zip((shard.number for shard in self.shards), (0, *self._ends)))
+
+    def _compared(self, query: Tensor, k: int, hidden: Tensor, error: float, starts: Mapping[int, int]) -> Tensor:
+        """Candidates for the ``k`` best rows of some shards, in ascending order: each of their vectors is compared."""
+        parts = [part for shard, part in zip(self.shards, self._vectors) if shard.number in starts]
+        here = torch.cat([hidden[start : start + len(part)] for start, part in zip(starts.values(), parts)])
+        scores = self._scores(query, parts).masked_fill_(here, -torch.inf)
+        lowest = scores.topk(min(k, len(scores))).values[-1]
+        places = ((scores >= lowest - error) & ~here).nonzero()[:, 0]
+        ends = torch.tensor([*accumulate(map(len, parts))])
+        part = torch.searchsorted(ends, places, right=True)
+        return places + (torch.tensor([*starts.values()]) - ends + torch.tensor([*map(len, parts)]))[part]
+
+    def _scores(self, query: Tensor, parts: Sequence[Tensor]) -> Tensor:
+        """The product of every vector of ``parts`` and the query, (rows,) float32."""
+        scores, start = torch.empty(sum(map(len, parts))), 0
         # One buffer for all blocks: allocating one for each may fragment the heap to gigabytes.
         buffer = torch.empty(_ROWS, self.dimension)
-        for part in self._vectors:
+        for part in parts:
             for rows in part.split(_ROWS):  # views of the mapped file
                 block = buffer[: len(rows)].copy_(rows)
                 torch.mv(block, query, out=scores[start : start + len(rows)])
                 start += len(rows)
         return scores
 
-    def _gather(self, rows: Tensor) -> Iterator[Tensor]:
+    # -- the inverted file --------------------------------------------------------------------------------------------
+
+    def _find_inverted_file(self) -> None:
+        """Look whether the folder has an inverted file that belongs to its vectors. Opens none of its large files."""
+        try:
+            record = read_record(self._folder)
+        except ConfigError as error:
+            self._search_exactly(str(error))
+            return
+        if record is None:
+            return
+        foreign = first_foreign(record, self.shard_times())
+        if foreign is not None:
+            self._search_exactly(f"the inverted file does not belong to the vectors of shard {foreign}")
+        else:
+            self._record = record
+
+    def shard_times(self) -> dict[int, tuple[int, int]]:
+        """Number of a shard -> the number of its vectors, and the time of their file in nanoseconds."""
+        return {shard.number: (len(part), shard.vectors_time()) for shard, part in zip(self.shards, self._vectors)}
+
+    def _search_exactly(self, reason: str) -> None:
+        self._record = self._inverted = None
+        self.notice = f"{reason}, so the search is exact: run miniclip index {self._folder} again"
+
+    def _probed(self, query: Tensor, k: int, missing: bool, error: float) -> tuple[Tensor, Tensor] | None:
+        """Candidates for the ``k`` best rows, ascending, with their exact scores; None without an inverted file.
+
+        The vectors of shards that came after the inverted file are compared one by one.
+        """
+        if self._record is None:
+            return None
+        try:
+            import_faiss()
+        except ConfigError as problem:
+            self._record, self.notice = None, f"{problem} (searches are exact without it)"
+            return None
+        hidden = self._hidden[missing].rows
+        try:
+            if self._inverted is None:
+                starts, covered = self._starts(), {shard.number for shard in self._record.shards}
+                self._later = {number: start for number, start in starts.items() if number not in covered}
+                self._inverted = InvertedFile(self._folder, self._record, starts, self.dimension)
+            if missing not in self._selectors:
+                self._selectors[missing] = self._inverted.selectors(hidden.numpy())
+            probed, products = self._inverted.nearest(query.numpy(), k, self._selectors[missing], error)
+        except ConfigError as problem:
+            self._search_exactly(str(problem))
+            return None
+        ascending = np.argsort(probed)
+        rows = torch.from_numpy(probed[ascending])
+        scores = self._exact_scores(query, rows)
+        if len(rows) and not (abs(scores.numpy() - products[ascending]).max() <= _SAME * query.norm().item()):
+            self._search_exactly("the inverted file holds other vectors than the folder")
+            return None
+        if self._later:
+            compared = self._compared(query, k, hidden, error, self._later)
+            rows, order = torch.cat([rows, compared]).sort()
+            scores = torch.cat([scores, self._exact_scores(query, compared)])[order]
+        return rows, scores
+
+    # -- rows ---------------------------------------------------------------------------------------------------------
+
+    def gather(self, rows: Tensor) -> Iterator[Tensor]:
         """The vectors of ``rows``, which are in ascending order, in blocks of at most ``_ROWS``."""
-        start = 0
-        for part, end in zip(self._vectors, self._ends):
-            first, last = torch.searchsorted(rows, torch.tensor([start, end])).tolist()
-            for block in (rows[first:last] - start).split(_ROWS):
-                yield part[block]
-            start = end
+        bounds = [0, *torch.searchsorted(rows, torch.tensor(self._ends)).tolist()]
+        for part, end, (first, last) in zip(self._vectors, self._ends, pairwise(bounds)):
+            if first < last:
+                for block in (rows[first:last] - (end - len(part))).split(_ROWS):
+                    yield part[block]
 
     def paths(self, rows: Iterable[int]) -> list[str]:
         """The paths of the images of ``rows``, which count over all shards from 0.
@@ -280,7 +392,7 @@ class Index:
         paths = []
         for part, place in map(self._place, rows):
             if part not in columns:
-                columns[part] = self._shards[part].read_paths(len(self._vectors[part]))
+                columns[part] = self.shards[part].read_paths(len(self._vectors[part]))
             paths.append(columns[part][place].as_py())
         return paths
 
@@ -290,8 +402,8 @@ class Index:
         sources = []
         for part, place in map(self._place, rows):
             if part not in listings:
-                listing = self._shards[part].read_listing()
-                listings[part] = [listing[row] for row in self._shards[part].rows_with_vectors()]
+                listing = self.shards[part].read_listing()
+                listings[part] = [listing[row] for row in self.shards[part].rows_with_vectors()]
             sources.append(listings[part][place])
         return sources
 

@@ -41,7 +41,10 @@ def serve(
         raise InputError("the token must consist of letters A to Z, digits, - and _")
     if not 0 <= port <= 65535:
         raise InputError(f"--port must be a number from 0 to 65535, got {port}")
-    app = make_app(Gallery(folder, model), None if _is_any(name) else LOOPBACK | {name}, token)
+    gallery = Gallery(folder, model)
+    if notice := gallery.index.notice:
+        say(notice)
+    app = make_app(gallery, None if _is_any(name) else LOOPBACK | {name}, token)
     settings = uvicorn.Config(app, log_level="warning", server_header=False)
     listening = _listen(host, port)
     address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/"

@@ -175,6 +175,13 @@ class ShardFiles:
             raise StorageError(f"{path} cannot be memory-mapped ({str(error).splitlines()[0]})") from None
         return mapped[start // 2 :].view(count, -1)
 
+    def vectors_time(self) -> int:
+        """When the vector file was written, in nanoseconds. Raises ConfigError if the file is missing."""
+        try:
+            return self.vectors_path.stat().st_mtime_ns
+        except OSError as error:
+            raise self._damaged(self.vectors_path, error) from None
+
     def read_paths(self, count: int) -> Any:
         """The paths of the images of the ``count`` vectors, as a pyarrow column.
 

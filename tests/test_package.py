@@ -55,9 +55,24 @@ ROOMS = {
         *("errors", "folders", "images", "loading", "manifest", "model", "planning", "preprocess", "shard_files"),
         *("sources", "store"),
     },
+    "inverted_file": {"errors"},
     "search": {
-        *("dead_rows", "errors", "loading", "manifest", "model", "preprocess", "shard_files", "sources", "store"),
+        *(
+            "dead_rows",
+            "errors",
+            "inverted_file",
+            "loading",
+            "manifest",
+            "model",
+            "preprocess",
+            "shard_files",
+            "sources",
+            "store",
+        ),
         "tokenizer",
+    },
+    "inverted_build": {
+        *("errors", "files", "inverted_file", "search", "shard_files", "store", "tokenizer"),
     },
     "html_page": {"errors", "images", "search"},
     "live_index": {"dead_rows", "errors", "manifest", "search"},
@@ -68,7 +83,19 @@ ROOMS = {
     "classify_command": {"errors", "folders", "sources", "zero_shot"},
     "cli": {
         *("checkpoint", "classify_command", "config", "demo_tour", "embed", "embed_command", "errors", "files"),
-        *("html_page", "hub", "images", "loading", "planning", "search", "serve", "store", "version", "zero_shot"),
+        *(
+            "html_page",
+            "hub",
+            "images",
+            "inverted_build",
+            "loading",
+            "planning",
+            "search",
+            "serve",
+            "store",
+            "version",
+            "zero_shot",
+        ),
     },
     "__main__": {"cli"},
 }
@@ -236,7 +263,7 @@ def test_importing_opens_no_data_file_and_imports_no_client() -> None:
         "sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == 'open' else None)\n"
         "import miniclip\n"
         "assert not [p for p in opened if 'miniclip' in p and 'data' in p.split('miniclip')[-1]], opened\n"
-        "unwanted = 'transformers huggingface_hub httpx requests torchvision matplotlib ftfy pyarrow filelock'\n"
+        "unwanted = 'transformers huggingface_hub httpx requests torchvision matplotlib ftfy pyarrow filelock faiss'\n"
         "for name in unwanted.split():\n"
         "    assert name not in sys.modules, name\n"
     )
