@@ -137,11 +137,6 @@ class Index:
             index._model = self._model
         return index
 
-    @property
-    def shards(self) -> Sequence[ShardFiles]:
-        """The files of the shards that have vectors, in the order of the rows."""
-        return self._shards
-
     def __len__(self) -> int:
         """The number of rows, dead ones included."""
         return self._ends[-1]
