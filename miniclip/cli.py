@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -28,6 +28,7 @@ from miniclip.hub import BUNDLED, KNOWN, cached_model
 from miniclip.images import open_image
 from miniclip.inverted_build import LEAST, build_inverted_file
 from miniclip.loading import load
+from miniclip.parsers import CommandParser, Parser
 from miniclip.planning import prune
 from miniclip.search import Index
 from miniclip.serve import serve
@@ -70,39 +71,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser that tells what to do with a text that begins with "-"."""
-
-    def error(self, message: str) -> NoReturn:
-        if message.startswith("unrecognized arguments: -") or message.endswith("expected one argument"):
-            message += ' (put "--" before texts that begin with "-", and write --not=TEXT)'
-        super().error(message)
-
-
-class _Command(_Parser):
-    """The parser of one command. Options may stand between its positional arguments: DIR -k 3 TEXT."""
-
-    _intermixed = False
-
-    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
-        if self._intermixed:  # the call below calls this method
-            return super().parse_known_args(args, namespace)
-        self._intermixed = True
-        try:
-            return self.parse_known_intermixed_args(args, namespace)
-        finally:
-            self._intermixed = False
-
-
 def _print_error(message: str) -> None:
     if sys.stderr is not None:  # if it was closed before the program started, print would write to stdout
         print(f"miniclip: {message}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="miniclip", description="Images and words in one space: OpenAI's CLIP.")
+    parser = Parser(prog="miniclip", description="Images and words in one space: OpenAI's CLIP.")
     parser.add_argument("--version", action="version", version=f"miniclip {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Command)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
     shows = "show what the demo model can and cannot do"
     description = f"{shows.capitalize()}, on sample images in this package: in seconds, and offline."
     commands.add_parser("demo", help=shows, description=description).set_defaults(run=_demo)

@@ -428,10 +428,8 @@ class Index:
             sha256 = remembered_sha256(self._folder, self._model_name)
             fingerprint = model_fingerprint(self._model_name, model, preprocess, sha256)
             if difference := describe_difference(self.manifest, fingerprint):
-                raise CheckpointError(
-                    f"the vectors of {self._folder} were made with {difference}: embed again into another folder, or "
-                    "say where the model is that made the vectors"
-                )
+                advice = "embed again into another folder, or say where the model is that made the vectors"
+                raise CheckpointError(f"the vectors of {self._folder} were made with {difference}: {advice}")
             self._model = model, preprocess
         return self._model
 

@@ -24,6 +24,7 @@ import miniclip
 ROOMS = {
     "errors": set(),
     "version": set(),
+    "parsers": set(),
     "config": {"errors"},
     "packed": set(),
     "layers": {"packed"},
@@ -93,6 +94,7 @@ ROOMS = {
             "search",
             "serve",
             "store",
+            "parsers",
             "version",
             "zero_shot",
         ),
