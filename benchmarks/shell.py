@@ -76,7 +76,7 @@ def take_turns(contenders: dict[str, Callable[[], str]], rounds: int, before: Ca
 
 
 def drop(folders: Iterable[Path]) -> None:
-    """Let the system forget the contents of all files below the folders."""
+    """Let the system forget the contents of all files in the folders."""
     for folder in folders:
         for path in folder.rglob("*"):
             with contextlib.suppress(OSError):
