@@ -17,6 +17,7 @@ from typing import NamedTuple, TypeVar
 
 from miniclip.dead_rows import DEAD
 from miniclip.errors import InputError, MiniclipError
+from miniclip.inverted_file import record_path
 from miniclip.manifest import MANIFEST
 from miniclip.search import Index
 
@@ -116,7 +117,7 @@ class Look(NamedTuple):
     """What a look at a folder shows. If it is the same as before, the folder has not changed."""
 
     shards: tuple[str, ...]  # the names of the complete ones
-    files: tuple[object, ...]  # which dead rows and which manifest there are
+    files: tuple[object, ...]  # which dead rows, which manifest and which inverted file there are
     folder: object  # which changes of names there were; alone it may miss one, because clocks have ticks
 
 
@@ -125,7 +126,7 @@ def _look_at(folder: Path) -> Look:
         names = sorted(name for name in os.listdir(folder / "failures") if not name.startswith("."))
     except OSError:
         names = []
-    files = tuple(_stamp(folder / name) for name in (DEAD, MANIFEST))
+    files = tuple(map(_stamp, (folder / DEAD, folder / MANIFEST, record_path(folder))))
     return Look(tuple(names), files, _stamp(folder / "failures"))
 
 

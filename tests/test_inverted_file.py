@@ -24,6 +24,7 @@ from miniclip import cli, inverted_build, inverted_file, planning
 from miniclip.dead_rows import CHANGED, MISSING, Death, write_dead_rows
 from miniclip.inverted_build import build_inverted_file, lowest_scores
 from miniclip.inverted_file import FOLDER, read_record
+from miniclip.live_index import LiveIndex
 from miniclip.shard_files import Shard, ShardFiles
 from miniclip.sources import ImageSource
 from miniclip.store import EmbeddingStore
@@ -361,6 +362,19 @@ def test_copied_vectors_are_known_by_their_checksums(folder: Path, encoded: tupl
     index = miniclip.Index.open(folder)
     found(index, encoded[2][0])
     use(index)
+
+
+def test_a_served_folder_uses_a_new_inverted_file_at_once(folder: Path, encoded: tuple[torch.Tensor, ...]) -> None:
+    shutil.rmtree(folder / "inverted_file")
+    live = LiveIndex(folder)
+    before = live.view()
+    assert before.index._record is None
+    build_inverted_file(folder)
+    after = live.view()
+    found(after.index, encoded[1][0])
+    use(after.index)
+    assert after.generation == before.generation  # the rows are the same: pages that are open stay good
+    assert live.view() is after
 
 
 def test_a_pruned_folder_needs_another(folder: Path, encoded: tuple[torch.Tensor, ...]) -> None:

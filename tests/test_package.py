@@ -76,7 +76,7 @@ ROOMS = {
         *("errors", "files", "inverted_file", "search", "shard_files", "store", "tokenizer"),
     },
     "html_page": {"errors", "images", "search"},
-    "live_index": {"dead_rows", "errors", "manifest", "search"},
+    "live_index": {"dead_rows", "errors", "inverted_file", "manifest", "search"},
     "gallery": {"errors", "html_page", "images", "live_index", "search", "sources", "zero_shot"},
     "web_app": {"errors", "gallery", "html_page", "images", "live_index"},
     "serve": {"errors", "gallery", "web_app"},
