@@ -188,8 +188,7 @@ class Index:
         """
         _check_k(k)
         query = self.encode_query(text, image, without=without, template=template, truncate=truncate)
-        matches = self.nearest(query, k, missing=missing, exact=exact)
-        return [match for match in matches if min_score is None or match.score >= min_score]
+        return self.nearest(query, k, min_score=min_score, missing=missing, exact=exact)
 
     def encode_query(
         self,
@@ -232,11 +231,13 @@ class Index:
                 raise InputError("the query cancels itself out: it looks for what it excludes")
             return F.normalize(total, dim=0).float().cpu()
 
-    def nearest(self, query: Tensor, k: int = 10, *, missing: bool = False, exact: bool = False) -> list[Match]:
-        """Find the ``k`` images nearest to a unit vector (D,).
+    def nearest(
+        self, query: Tensor, k: int = 10, *, min_score: float | None = None, missing: bool = False, exact: bool = False
+    ) -> list[Match]:
+        """Find the ``k`` images nearest to a unit vector (D,). The other arguments are those of ``search``.
 
         If the folder has an inverted file and ``k`` is at most 100, some images may be other than the nearest. Their
-        scores are always exact. ``missing`` and ``exact`` are those of ``search``.
+        scores are always exact.
 
         Returns:
             The images, best first. Images with equal scores stay in the order in which they were listed.
@@ -251,7 +252,7 @@ class Index:
         query = query.detach().float().cpu()
         if not (length := query.double().norm().item()) < 1e3:  # also true for nan
             raise InputError(f"the query must be a unit vector, but its length is {length:g}")
-        best = self._best(query, k, missing, exact)
+        best = [(row, s) for row, s in self._best(query, k, missing, exact) if min_score is None or s >= min_score]
         paths = self.paths(row for row, _ in best)
         return [Match(path, score, bool(self.missing[row]), row) for path, (row, score) in zip(paths, best)]
 

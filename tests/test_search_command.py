@@ -271,7 +271,7 @@ def test_ctrl_c_says_what_was_kept(tmp_path: Path) -> None:
     for n in range(400):
         make_image(tmp_path / "photos" / f"{n:03}.png", n)
     command = [sys.executable, "-m", "miniclip", "embed", str(tmp_path / "photos"), "--out", str(tmp_path / "v")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     slowly = ["--model", "demo", "--shard-size", "10", "--batch-size", "1"]
     process = subprocess.Popen([*command, *slowly], env=environment, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "v" / "failures" / "failures_2.jsonl").exists() and process.poll() is None:
