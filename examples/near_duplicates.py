@@ -2,14 +2,17 @@
 
     miniclip embed photos --out vectors
     python examples/near_duplicates.py vectors
-    python examples/near_duplicates.py vectors --at-least 0.99
+    python examples/near_duplicates.py vectors --at-least 0.97
 
 Two images are near-identical when the cosine of their vectors is at least the threshold. A group contains all images
 that are connected by such pairs, so two images of a group may be less similar. Beside each image stands its cosine with
-the first one of the group. The right threshold depends on the model
-and on what you call identical: look at the groups before you delete anything. Do not use 1: because of float16 rounding
-an image may score 0.9997 against itself. Every pair is compared, so the time grows with the square of the number of
-images.
+the first one of the group.
+
+The right threshold depends on the model and on what you call identical: look at the groups before you delete anything.
+The default is measured on the demo model. Half-size JPEGs (quality 70) of the sample images and of letters have 0.999
+with their originals. Of every second drawing of Twemoji, 953 different files, 0.97 joins 44 pairs and 0.99 joins 27:
+these are flags and families that look the same or almost the same. Do not use 1: because of float16 rounding an image
+may score 0.9997 against itself. Every pair is compared, so the time grows with the square of the number of images.
 """
 
 import argparse
@@ -74,7 +77,7 @@ def groups(count: int, pairs: Iterable[np.ndarray]) -> list[list[int]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="a folder that miniclip embed made")
-    parser.add_argument("--at-least", type=float, default=0.97, metavar="COSINE", help="default: 0.97")
+    parser.add_argument("--at-least", type=float, default=0.99, metavar="COSINE", help="default: 0.99")
     options = parser.parse_args()
     if not -1 <= options.at_least <= 1:
         parser.error(f"--at-least must be from -1 to 1, got {options.at_least}")

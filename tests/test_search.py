@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from embedding import make_photos
 from helpers import ROOT, make_image, run_cli, run_python, run_script
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 import miniclip
 from miniclip.manifest import Settings, run_settings
@@ -198,3 +198,23 @@ def test_near_duplicates_are_grouped(tiny: Path, tmp_path: Path) -> None:
     done = run_script("examples/near_duplicates.py", tmp_path / "out", "--at-least", "2")
     assert done.returncode == 2
     assert "--at-least must be from -1 to 1, got 2.0" in done.stderr
+
+
+@pytest.mark.slow
+def test_similar_letters_are_no_near_duplicates_but_smaller_copies_are(tmp_path: Path) -> None:
+    """ "V" and "v" have a cosine of 0.979 in the demo model. Files are named by code, for disks that ignore case."""
+    folder, font = tmp_path / "letters", ImageFont.load_default(160)
+    folder.mkdir()
+    for letter in "bdqpVZvz":
+        drawing = Image.new("RGB", (224, 224), "white")
+        ImageDraw.Draw(drawing).text((112, 112), letter, "black", font, anchor="mm")
+        drawing.save(folder / f"{ord(letter)}.png")
+        if letter in "bd":
+            drawing.resize((112, 112)).save(folder / f"{ord(letter)}_small.jpg", quality=70)
+    miniclip.embed_images(folder, tmp_path / "out", "demo", device="cpu")
+    by_default, lower = (
+        re.findall(r"/(\w+)\.", run_script("examples/near_duplicates.py", tmp_path / "out", *options).stdout)
+        for options in ([], ["--at-least", "0.97"])
+    )
+    assert by_default == ["100", "100_small", "98", "98_small"]  # in the order of the names
+    assert {"86", "118"} <= set(lower)
