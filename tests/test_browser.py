@@ -184,6 +184,53 @@ def test_an_image_that_is_gone_is_called_gone(page: Page, gallery: Gallery) -> N
     assert not page["large-image"].is_displayed()
 
 
+def test_the_first_and_the_last_image_end_the_row(browser: Any, tmp_path: Path) -> None:
+    miniclip.embed_images(SAMPLES, tmp_path / "vectors", "demo", device="cpu")
+    gallery = Gallery(tmp_path / "vectors")
+    with served(make_app(gallery)) as address:
+        page = Page(browser, address)
+        page.search("a guitar")
+        page.all("#grid button")[0].click()
+        assert not page["previous"].is_enabled()
+        paths = [page["large-path"].text]
+        while page["next"].is_enabled():
+            page["next"].click()
+            paths.append(page["large-path"].text)
+            page.wait(lambda: page["next"].is_enabled() or len(paths) == len(gallery.index))
+        assert paths == [match.path for match in gallery.index.search("a guitar", k=len(gallery.index))]
+        assert page["previous"].is_enabled()
+
+
+@pytest.mark.gone
+def test_closing_the_large_view_leaves_no_step_behind(page: Page) -> None:
+    page.search("a guitar")
+    page.search("a pizza")
+    page.all("#grid button")[0].click()
+    page["close"].click()
+    page.wait(lambda: not page.run("return history.state.large"))
+    assert page.results_after(page.driver.back)[0] == "guitar.png"  # one step back, not two
+    assert page["text"].get_attribute("value") == "a guitar"
+
+
+def test_a_folder_whose_files_are_all_gone_says_so(browser: Any, tmp_path: Path) -> None:
+    make_image(tmp_path / "photos" / "only.png")
+    miniclip.embed_images(tmp_path / "photos", tmp_path / "vectors", "demo", device="cpu")
+    (tmp_path / "photos" / "only.png").unlink()
+    make_image(tmp_path / "photos" / "other.png", 1)
+    miniclip.embed_images(tmp_path / "photos", tmp_path / "vectors", "demo", device="cpu")
+    gallery = Gallery(tmp_path / "vectors")
+    with served(make_app(gallery)) as address:
+        page = Page(browser, address)
+        assert page.search("a cat") == ["other.png"]
+        (tmp_path / "photos" / "other.png").unlink()
+        (tmp_path / "photos" / "unread.png").write_bytes(b"no image")
+        miniclip.embed_images(tmp_path / "photos", tmp_path / "vectors", "demo", device="cpu")
+        page["text"].clear()
+        page["text"].send_keys("a dog", Keys.ENTER)
+        page.wait(lambda: page["status"].text == "There is nothing to show: the files of all images are gone.")
+        assert page.names() == []
+
+
 @pytest.mark.gone
 def test_a_name_with_html_in_it_is_text(page: Page, gallery: Gallery) -> None:
     nasty = next(match for match in gallery.index.search("blocks", k=400) if match.path.endswith(NASTY))

@@ -218,3 +218,35 @@ def test_similar_letters_are_no_near_duplicates_but_smaller_copies_are(tmp_path:
     )
     assert by_default == ["100", "100_small", "98", "98_small"]  # in the order of the names
     assert {"86", "118"} <= set(lower)
+
+
+def test_a_vector_to_start_from_is_added_to_the_texts(tiny: Path, tmp_path: Path) -> None:
+    for n in range(4):
+        make_image(tmp_path / "photos" / f"{n}.png", n)
+    miniclip.embed_images(tmp_path / "photos", tmp_path / "out", str(tiny), device="cpu")
+    index = miniclip.Index.open(tmp_path / "out")
+    start = index.vector(2)
+    model, _ = index.load()
+    text = F.normalize(model.encode_text(miniclip.tokenize("a cat", model.context_length))[0], dim=0)
+    expected = F.normalize(F.normalize(start.float(), dim=0) + text, dim=0)
+    assert torch.allclose(index.encode_query("a cat", start=5 * start.float()), expected, atol=1e-5)
+    assert index.nearest(index.encode_query(start=start), 1)[0].row == 2
+    for wrong in (start[:-1], start[None]):
+        with pytest.raises(miniclip.InputError, match=rf"must be a vector of {index.dimension} numbers, got shape"):
+            index.encode_query(start=wrong)
+
+
+def test_an_index_opened_again_has_the_new_images_and_the_loaded_model(tiny: Path, tmp_path: Path) -> None:
+    for n in range(4):
+        make_image(tmp_path / "photos" / f"{n}.png", n)
+    miniclip.embed_images(tmp_path / "photos", tmp_path / "out", str(tiny), device="cpu")
+    index = miniclip.Index.open(tmp_path / "out")
+    loaded = index.load()
+    make_image(tmp_path / "photos" / "new.png", 9)
+    miniclip.embed_images(tmp_path / "photos", tmp_path / "out", device="cpu")
+    again = index.reopen()
+    assert (len(index), len(again)) == (4, 5)
+    assert again.load() is loaded
+    manifest = tmp_path / "out" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"fast_decode": false', '"fast_decode": true'))
+    assert index.reopen().load() is not loaded  # vectors of other settings may be those of another model
