@@ -355,6 +355,32 @@ def test_the_published_results_are_those_of_the_files(bench: SimpleNamespace, tm
         assert chart.size == committed.size
 
 
+def test_the_page_has_the_seconds_of_the_shell() -> None:
+    (path,) = (BENCHMARKS / "results").glob("shell-*.json")
+    seconds = json.loads(path.read_text(encoding="utf-8"))["seconds"]
+    page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    for cache in ("warm", "cold"):
+        assert f"{seconds[cache]['miniclip']:.2f} s beside {seconds[cache]['rclip']:.2f} s with a {cache}" in page
+
+
+def test_commands_of_the_shell_take_turns(bench: SimpleNamespace, tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    def command(name: str, lines: int = 10) -> Callable[[], str]:
+        return lambda: calls.append(name) or "a path\n" * lines  # type: ignore[func-returns-value]
+
+    both = {name: command(name) for name in ("miniclip", "rclip")}
+    medians = bench.shell.take_turns(both, 3, lambda: calls.append("before"))
+    assert medians.keys() == both.keys()
+    assert calls[::2] == ["before"] * 6
+    assert [set(calls[n : n + 4]) for n in (0, 4, 8)] == [{"before", "miniclip", "rclip"}] * 3
+    with pytest.raises(SystemExit, match="miniclip printed 9 lines, expected 10"):
+        bench.shell.take_turns({"miniclip": command("miniclip", 9)}, 1, lambda: None)
+    (tmp_path / "kept").write_bytes(b"content")
+    bench.shell.drop([tmp_path, tmp_path / "gone"])
+    assert (tmp_path / "kept").read_bytes() == b"content"
+
+
 def test_nothing_speaks_of_goals() -> None:
     for path in [*BENCHMARKS.rglob("*.py"), *BENCHMARKS.glob("results/cpu-*.json")]:
         text = path.read_text(encoding="utf-8").replace('"', " ").replace("_", " ").split()
