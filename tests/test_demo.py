@@ -152,10 +152,10 @@ def test_a_newly_trained_demo_must_be_at_least_this_good() -> None:
     result = newest_result()
     sets, samples = result["sets"], result["samples"]
     assert (samples["among 12"], samples["images"]) == (12, 12)
-    assert samples["among 100"] >= 11
+    assert samples["among 100"] >= 10
     assert sets["Twemoji"]["plain nouns"] >= 0.72
     assert sets["Twemoji"]["image→text R@1"] >= 0.52
-    assert sets["Twemoji"]["50-way"] >= 0.89
+    assert sets["Twemoji"]["50-way"] >= 0.90
     assert sets["OpenMoji, colour"]["image→text R@1"] >= 0.28
     assert sets["OpenMoji, black"]["image→text R@1"] >= 0.20
     assert sets["OpenMoji, black"]["10-way"] >= 0.78
