@@ -10,8 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import peers
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from inputs import camera_image, checkpoint
@@ -21,6 +19,8 @@ from torch import Tensor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import miniclip
+from miniclip.shard_files import Shard, ShardFiles
+from miniclip.sources import ImageSource
 
 BATCH = 32
 SHARD = 10_000
@@ -81,7 +81,8 @@ def one_turn(contenders: dict[str, Work]) -> dict[str, float]:
 def search(options: Options, place: Path) -> Iterator[Row]:
     """Exact search over vectors on disk, beside numpy on the same files and on a float32 matrix in memory."""
     folder = checkpoint("ViT-B/32", place)
-    index = miniclip.Index.open(write_vectors(options.vectors, folder, place))
+    width = miniclip.load(folder, "cpu")[0].visual.output_dim
+    index = miniclip.Index.open(write_vectors(random_vectors(options.vectors, width), folder, place))
     assert len(index) == options.vectors
     query = F.normalize(torch.randn(index.dimension, generator=torch.Generator().manual_seed(1)), dim=0)
     in_memory = np.concatenate([*index.vectors()]).astype(np.float32)
@@ -107,20 +108,24 @@ def search(options: Options, place: Path) -> Iterator[Row]:
     yield Row("search", f"{work}, memory", [memory], "bytes")
 
 
-def write_vectors(count: int, folder: Path | str, place: Path) -> Path:
-    """Random unit vectors in the layout of ``embed_images``, which makes the manifest from one image."""
+def random_vectors(count: int, width: int) -> Iterator[Tensor]:
+    """Blocks of one shard each of (rows, width) unit vectors."""
+    randoms = torch.Generator().manual_seed(0)
+    for start in range(0, count, SHARD):
+        yield F.normalize(torch.randn(min(SHARD, count - start), width, generator=randoms), dim=1)
+
+
+def write_vectors(blocks: Iterable[Tensor], model: Path | str, place: Path) -> Path:
+    """A folder with one shard for each block of vectors. ``embed_images`` makes the manifest, from one image."""
     out, images = place / "vectors", place / "one"
     images.mkdir()
     camera_image(64, 64).save(images / "one.png")
-    miniclip.embed_images(images, out, folder, device="cpu")
-    width = int(np.load(out / "img_emb" / "img_emb_0.npy").shape[1])
-    randoms = torch.Generator().manual_seed(0)
-    for number, start in enumerate(range(0, count, SHARD)):
-        rows = min(SHARD, count - start)
-        vectors = F.normalize(torch.randn(rows, width, generator=randoms), dim=1).half().numpy()
-        np.save(out / "img_emb" / f"img_emb_{number}.npy", vectors)
-        names = pa.table({"image_path": [f"{row:07}.jpg" for row in range(start, start + rows)]})
-        for kind in ("listing", "metadata"):
-            pq.write_table(names, out / kind / f"{kind}_{number}.parquet")
-        (out / "failures" / f"failures_{number}.jsonl").touch()
+    miniclip.embed_images(images, out, model, device="cpu")
+    row = 0
+    for number, block in enumerate(blocks):
+        shard = ShardFiles(out, number)
+        shard.remove()
+        shard.write_listing([ImageSource(f"{row + n:07}.jpg", 0, 0) for n in range(len(block))])
+        shard.write(Shard(block.half().numpy(), [*range(len(block))], {}, [""] * len(block)))
+        row += len(block)
     return out

@@ -64,14 +64,6 @@ def clustered(count: int, total: int, seed: int) -> Iterator[torch.Tensor]:
         yield F.normalize(chosen + NOISE * noise, dim=1)
 
 
-def write_folder(place: Path, blocks: Iterator[torch.Tensor], count: int) -> Path:
-    """A folder of vectors in shards of 10,000, whose manifest names the demo model."""
-    folder = write_vectors(count, "demo", place)
-    for number, block in enumerate(blocks):
-        np.save(folder / "img_emb" / f"img_emb_{number}.npy", block.half().numpy())
-    return folder
-
-
 def recall_at(
     index: miniclip.Index, inverted: InvertedFile, queries: np.ndarray, count: int, probes: Sequence[int]
 ) -> dict[str, float]:
@@ -118,7 +110,7 @@ def latency(index: miniclip.Index, queries: torch.Tensor, rounds: int, probes: S
 
 
 def measure_clustered(place: Path, count: int, threads: int, rounds: int) -> dict[str, Any]:
-    folder = write_folder(place, clustered(count, count, 1), count)
+    folder = write_vectors(clustered(count, count, 1), "demo", place)
     queries = next(clustered(QUERIES, count, 2))
     np.save(place / "queries.npy", queries.numpy())
     exact_memory = int(run_child("search_memory.py", folder, threads=threads))
@@ -127,7 +119,7 @@ def measure_clustered(place: Path, count: int, threads: int, rounds: int) -> dic
     start = time.perf_counter()
     index = miniclip.Index.open(folder)
     folder_seconds = time.perf_counter() - start
-    record, starts = index._record, index._starts()
+    record, starts = index._record, index.table.starts()
     assert record is not None
     start = time.perf_counter()
     InvertedFile(folder, record, starts, index.dimension)
@@ -175,7 +167,7 @@ def measure_emoji(place: Path, emoji: Path, threads: int, rounds: int) -> dict[s
     if len(paths) < 10_000:
         raise SystemExit(f"benchmarks: {emoji} holds {len(paths):,} images: make it with training/emoji_data.py")
     vectors = encoded(paths, 0)
-    folder = write_folder(place, iter(vectors.split(10_000)), len(vectors))
+    folder = write_vectors(vectors.split(10_000), "demo", place)
     built = json.loads(run_child("build_inverted.py", folder, "-", threads, threads=threads))
     index = miniclip.Index.open(folder)
     inverted = opened(index)

@@ -37,6 +37,7 @@ class Options:
     images: int = 1_000  # in the folder that is embedded
     vectors: int = 1_000_000  # that are searched
     cuda_batches: Sequence[int] = (1, 32, 256, 1024)
+    cuda_images: int = 6_000  # in each folder that is embedded on a GPU
 
 
 QUICK = Options(
@@ -49,6 +50,7 @@ QUICK = Options(
     images=40,
     vectors=20_000,
     cuda_batches=(1,),
+    cuda_images=20,
 )
 
 

@@ -1,4 +1,4 @@
-"""The peers, each ready to be called: transformers, ONNX Runtime and OpenVINO on one Hugging Face folder.
+"""The peers, each ready to be called: transformers, ONNX Runtime, OpenVINO and open_clip with the same weights.
 
 A peer that is not installed ends the run: a table without it would read as a win.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
@@ -16,36 +16,41 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from transformers import CLIPModel
 
+import miniclip
+
 Encoder = Callable[[Tensor], Tensor]
 PACKAGES = ("transformers", "onnxruntime", "onnx", "onnxscript", "openvino", "openai-clip", "matplotlib")
+GPU_PACKAGES = ("transformers", "open_clip_torch", "matplotlib")  # open_clip needs torchvision
 
 
-def check() -> dict[str, str]:
-    """The versions of the peers.
+def check(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """The versions of the peers' packages.
 
     Raises:
         SystemExit: if some are missing; the message names them.
     """
     versions, missing = {}, []
-    for package in PACKAGES:
+    for package in packages:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             missing.append(package)
     if missing:
-        raise SystemExit(f'benchmarks: missing {", ".join(missing)}: pip install -c constraints.txt -e ".[dev,bench]"')
+        command = "open_clip_torch" if packages is GPU_PACKAGES else '-c constraints.txt -e ".[dev,bench]"'
+        raise SystemExit(f"benchmarks: missing {', '.join(missing)}: pip install {command}")
     return versions
 
 
-def transformers_model(folder: Path, dtype: torch.dtype = torch.float32) -> CLIPModel:
-    """transformers' model, frozen, with the attention that is fastest on a CPU."""
+def transformers_model(folder: Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> CLIPModel:
+    """transformers' model, frozen, with the attention that is its default, or another one."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    return CLIPModel.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval().requires_grad_(False)
+    return CLIPModel.from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval().requires_grad_(False)
 
 
 def features(output: Any) -> Tensor:
@@ -69,7 +74,7 @@ def texts_of(model: CLIPModel) -> Encoder:
     return encode
 
 
-class _Tower(nn.Module):
+class Tower(nn.Module):
     def __init__(self, model: CLIPModel, kind: str) -> None:
         super().__init__()
         self.model, self.kind = model, kind
@@ -80,14 +85,31 @@ class _Tower(nn.Module):
         return features(self.model.get_text_features(input_ids=x))
 
 
-def compiled(model: CLIPModel, kind: str) -> Encoder:
-    tower = torch.compile(_Tower(model, kind).eval())
+def compiled(tower: nn.Module) -> Encoder:
+    """A tower compiled for one shape, with CUDA graphs on a GPU."""
+    torch._dynamo.reset()  # compiled code of other shapes
+    function = torch.compile(tower.eval(), mode="reduce-overhead", dynamic=False)
 
     def encode(x: Tensor) -> Tensor:
-        with torch.no_grad():  # torch.compile cannot trace inference mode
-            return tower(x)
+        with torch.inference_mode(False), torch.no_grad():  # torch.compile cannot trace inference mode
+            torch.compiler.cudagraph_mark_step_begin()
+            return function(x).clone()  # the next call writes to the same memory
 
     return encode
+
+
+def open_clip_model(name: str, model: miniclip.CLIP) -> Any:
+    """open_clip's model with the weights of miniclip's, which have the same names."""
+    import open_clip  # type: ignore[import-not-found]
+
+    theirs = open_clip.create_model(f"{name.replace('/', '-')}-quickgelu", device=model.device)
+    theirs.load_state_dict(model.state_dict())
+    return theirs.to(model.dtype).eval().requires_grad_(False)
+
+
+def padded(encode: Encoder, length: int) -> Encoder:
+    """An encoder of texts that takes no shorter rows than ``length``."""
+    return lambda tokens: encode(F.pad(tokens, (0, length - tokens.shape[1])))
 
 
 def onnx_file(model: CLIPModel, kind: str, path: Path, name: str = "x") -> Path:
@@ -95,7 +117,7 @@ def onnx_file(model: CLIPModel, kind: str, path: Path, name: str = "x") -> Path:
     size: int = model.config.vision_config.image_size  # type: ignore[union-attr, assignment]
     example = torch.randn(2, 3, size, size) if kind == "images" else torch.randint(1, 99, (2, 77))
     batch = torch.export.Dim("batch", min=1, max=4096)
-    tower, shapes = _Tower(model, kind).eval(), ({0: batch},)
+    tower, shapes = Tower(model, kind).eval(), ({0: batch},)
     torch.onnx.export(tower, (example,), path, dynamo=True, dynamic_shapes=shapes, input_names=[name], verbose=False)
     return path
 

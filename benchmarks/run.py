@@ -114,7 +114,6 @@ def main() -> None:
     if parsed.report:
         print(*write_report(parsed.out or RESULTS), sep="\n")
         return
-    versions = peers.check()
     if Path(miniclip.__file__).resolve().parents[1] != ROOT:
         raise SystemExit(f"benchmarks: {miniclip.__file__} is not of this checkout")
     given = {name: getattr(parsed, name) for name in ("threads", "rounds", "images", "vectors")}
@@ -127,6 +126,7 @@ def main() -> None:
     for kind, part in (("cpu", [name for name in names if name != "cuda"]), ("cuda", [*({"cuda"} & {*names})])):
         if not part:
             continue
+        versions = peers.check(peers.GPU_PACKAGES if kind == "cuda" else peers.PACKAGES)
         result = blank_result(options.threads, versions, gpu=kind == "cuda")
         path = out / f"{kind}-{result.processor['slug']}.json" if out else None
         old = mergeable(path, result, part) if path else None

@@ -117,7 +117,7 @@ class Packed:
 
         Packing pays from the second call with the same weight on, or at once for ``WORTH_PACKING`` rows of ``x``.
         """
-        if is_traced():
+        if not x.is_cpu or is_traced():
             return False
         known = self.known  # read once, because another thread may clear it
         if known is not None and not known.holds_for(weight):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +22,8 @@ import torch
 from helpers import ROOT, run_script
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+import miniclip
 
 BENCHMARKS = ROOT / "benchmarks"
 CPUINFO = """processor\t: 0
@@ -181,10 +185,41 @@ def test_a_start_in_processes_of_their_own(bench: SimpleNamespace, place: Path) 
 
 
 def test_rows_for_cuda_run_on_the_cpu(bench: SimpleNamespace, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench.peers, "compiled", lambda model, kind: getattr(bench.peers, f"{kind}_of")(model))
-    rows = list(bench.gpu.cuda(quick(bench, cuda_batches=(1, 3), rounds=2), place, device="cpu"))
+    """open_clip cannot be installed beside the tests' torch, and compiling takes a compiler."""
+    monkeypatch.setattr(bench.peers, "open_clip_model", lambda name, model: copy.deepcopy(model))
+    monkeypatch.setattr(bench.peers, "compiled", lambda tower: tower)
+    monkeypatch.setattr(bench.gpu, "PROCESSES", (1, 2))
+    monkeypatch.setattr(bench.gpu, "FULL", 3)
+    options = quick(bench, cuda_batches=(1, 3), rounds=2)
+    *rows, alone, together = bench.gpu.cuda(options, place, device="cpu")
     assert len(rows) == 2 * 2 * 2  # dtypes, towers, batches
-    assert all(set(row.ratios) == {"transformers", "transformers, compiled"} for row in rows)
+    peers = {"transformers", "transformers, eager attention"}
+    compiled = {"miniclip, compiled", "transformers, compiled"}
+    for row in rows:
+        other = {"open_clip" if "images" in row.work else "open_clip, padded to 77"}
+        assert set(row.ratios) == peers | other | (compiled if row.work.endswith("batch 1, float16") else set())
+        note = r"\S+ TFLOP/s, \d+% of a product of 8192 × 8192 matrices" if "batch 3" in row.work else ""
+        assert re.fullmatch(note, row.note)
+    assert alone.work == "embed folders of 224 × 224 JPEGs, 1 process, per image"
+    assert together.work == "embed folders of 224 × 224 JPEGs, 2 processes, per image"
+    for row, folders in ((alone, 1), (together, 2)):
+        assert bench.report.cell(row).endswith(" ms")
+        written = [miniclip.Index.open(place / f"small-{folders}-{number}") for number in range(folders)]
+        assert [len(index) for index in written] == [options.cuda_images] * folders
+
+
+def test_a_contender_with_other_vectors_ends_the_gpus_rows(
+    bench: SimpleNamespace, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other(name: str, model: miniclip.CLIP) -> miniclip.CLIP:
+        model = copy.deepcopy(model)
+        model.visual.proj.neg_()
+        return model
+
+    monkeypatch.setattr(bench.peers, "open_clip_model", other)
+    monkeypatch.setattr(bench.peers, "compiled", lambda tower: tower)
+    with pytest.raises(SystemExit, match=r"open_clip has a cosine of -1\.0"):
+        list(bench.gpu.cuda(quick(bench, cuda_batches=(1,)), place, device="cpu"))
 
 
 def test_a_folder_beside_a_loop(bench: SimpleNamespace, place: Path) -> None:

@@ -104,14 +104,22 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-6) -> bool:
     return a.shape == b.shape and bool((a - b).abs().max() <= tolerance)
 
 
+class OnCuda(Tensor):
+    """A tensor in the CPU's memory that says it is on CUDA. So the layers compute it as they do there."""
+
+    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+    is_cpu = property(lambda self: False)  # type: ignore[assignment]
+
+
 def is_right(model: CLIP, tolerance: float = 1e-6) -> bool:
+    """Whether the model computes what its plain layers do, on the CPU and as on CUDA."""
     images, tokens = make_pixels(5, model.dtype), tokenize(TEXTS)
     expected = plain(model, images, tokens)
-    # Twice: a second call must not see what a first one has kept.
+    # The first two are the same: a second call must not see what a first one has kept.
     return all(
-        close(model.encode_image(images), expected[0], tolerance)
-        and close(model.encode_text(tokens), expected[1], tolerance)
-        for _ in range(2)
+        close(model.encode_image(images.as_subclass(kind)), expected[0], tolerance)
+        and close(model.encode_text(tokens.as_subclass(kind)), expected[1], tolerance)
+        for kind in (Tensor, Tensor, OnCuda)
     )
 
 
@@ -445,6 +453,63 @@ def test_a_size_that_is_no_multiple_of_the_patches(tmp_path: Path, size: int) ->
     model, _ = miniclip.load(tmp_path, "cpu")
     images = torch.randn(3, 3, size, size)
     assert close(model.encode_image(images), plain_images(model, images))
+
+
+# -- as on CUDA -------------------------------------------------------------------------------------------------------
+
+
+def test_on_cuda_the_patches_are_a_product_and_the_mlp_is_scaled(
+    model: CLIP, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_convolution(*_: object) -> Tensor:
+        raise AssertionError("a convolution was called")
+
+    calls: list[Tensor] = []
+    scaled_mlp = layers.scaled_mlp
+
+    def counted(x: Tensor, *parts: Any) -> Tensor:
+        calls.append(x)
+        return scaled_mlp(x, *parts)
+
+    images, tokens = make_pixels(3).as_subclass(OnCuda), tokenize(TEXTS).as_subclass(OnCuda)
+    monkeypatch.setattr(layers, "scaled_mlp", counted)
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", no_convolution)
+    model.encode_image(images)
+    model.encode_text(tokens)
+    assert len(calls) == 3 + 2  # the blocks of both towers
+    assert count_packed(model) == 0
+    model.fast = False
+    with pytest.raises(AssertionError, match="a convolution was called"):
+        model.encode_image(images)
+    model.encode_text(tokens)
+    assert len(calls) == 5
+    if "quick" not in folder.name:
+        miniclip.load(folder, "cpu")[0].encode_text(tokens)  # GELU has no such form
+        assert len(calls) == 5
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(8,), (5, 8), (4, 3, 8), (0, 8), (2, 0, 8)])
+def test_the_scaled_mlp_is_the_formula(shape: tuple[int, ...], bias: bool) -> None:
+    torch.manual_seed(0)
+    mlp = layers.MLP(8, 16, "quick_gelu").double()
+    for layer in (mlp.c_fc, mlp.c_proj):
+        nn.init.normal_(layer.weight)
+        nn.init.normal_(layer.bias)
+        layer.bias = layer.bias if bias else None
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *mlp.parameters()]
+    expected = F.linear(mlp.gelu(F.linear(x, mlp.c_fc.weight, mlp.c_fc.bias)), mlp.c_proj.weight, mlp.c_proj.bias)
+    ours = layers.scaled_mlp(x, mlp.c_fc, mlp.c_proj)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    for a, b in zip(torch.autograd.grad(ours.sum(), inputs), torch.autograd.grad(expected.sum(), inputs)):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_a_wrong_scale_is_a_wrong_embedding(model: CLIP, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert is_right(model)
+    monkeypatch.setattr(layers.F, "silu", lambda x: x * torch.sigmoid(x / 1.01))
+    assert not is_right(model)
 
 
 def test_forward_mode_derivatives_come_through(model: CLIP) -> None:

@@ -13,8 +13,8 @@ from helpers import ROOT, run_python, run_script
 from torch import nn
 
 import miniclip
-from validation.__main__ import main
-from validation.report import BEGIN, END, Report, to_markdown
+from validation.__main__ import DTYPES, main
+from validation.report import BEGIN, END, Report, to_markdown, worst_table
 from validation.stages import Row, limits_for
 
 DRIFTING = Report(
@@ -201,16 +201,42 @@ def test_the_page_in_docs_takes_the_tables_and_has_the_limits() -> None:
     text = (ROOT / "docs" / "validation.md").read_text(encoding="utf-8")
     assert text.count(BEGIN) == text.count(END) == 1
     rows = {
-        "float32, CPU": limits_for("cpu", torch.float32),
-        "float32, CUDA": limits_for("cuda", torch.float32),
-        "float64": limits_for("cpu", torch.float64),
-        "float16": limits_for("cpu", torch.float16),
-        "bfloat16": limits_for("cpu", torch.bfloat16),
+        "float32": limits_for(torch.float32),
+        "float64": limits_for(torch.float64),
+        "float16": limits_for(torch.float16),
+        "bfloat16": limits_for(torch.bfloat16),
     }
     for name, limits in rows.items():
         numbers = limits.hidden, limits.embedding, limits.logits, limits.probabilities
         cosine = f" {limits.cosine} |" if limits.cosine else " |"
         assert f"| {name} | {' | '.join(f'{number:g}' for number in numbers)} |{cosine}\n" in text
+
+
+def test_the_gpus_table_in_docs_is_that_of_its_file() -> None:
+    """validate.py ran on a lent GPU. Its numbers keep within today's limits."""
+    result = json.loads(
+        (ROOT / "benchmarks" / "results" / "validation-cuda-nvidia-h200.json").read_text(encoding="utf-8")
+    )
+    reports = [Report(**report | {"rows": [Row(**row) for row in report["rows"]]}) for report in result["reports"]]
+    text = (ROOT / "docs" / "validation.md").read_text(encoding="utf-8")
+    assert "\n".join(worst_table(reports)) in text
+    sentence = f"Measured on {result['date']} on an {result['device']} at {result['commit']}, with python "
+    assert sentence + ", ".join(f"{name} {number}" for name, number in result["versions"].items())[7:] in text
+    assert {(report.model, report.dtype) for report in reports} == {
+        (model, dtype)
+        for model in ("demo", "ViT-B/32", "ViT-B/16")
+        for dtype in ("float32", "float64", "float16", "bfloat16")
+    }
+    for report in reports:
+        limits = limits_for(DTYPES[report.dtype])
+        assert report.device == "cuda"
+        for row in report.rows:
+            hidden = row.limit.startswith("rel")
+            assert row.ok
+            assert not hidden or row.relative <= limits.hidden
+            assert not hidden or row.cosine >= limits.cosine
+            assert " embedding (" not in row.stage or row.max_abs <= limits.embedding
+            assert row.stage != "logits" or row.max_abs <= limits.logits
 
 
 def test_json_and_markdown_exclude_each_other() -> None:

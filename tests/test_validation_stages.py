@@ -257,7 +257,7 @@ def test_half_precision_hides_no_mutation_on_seeded_weights(
 
 
 def test_half_precision_bounds_the_scale_and_every_vector() -> None:
-    limits = limits_for("cpu", torch.bfloat16)
+    limits = limits_for(torch.bfloat16)
     state = torch.randn(2, 5, 8)
     assert not measure("x", 2 * state, state, "hidden", limits).ok
     state[0, 0] *= 200

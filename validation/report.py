@@ -112,7 +112,21 @@ def to_markdown(reports: Sequence[Report]) -> str:
     lines = ["## Results", ""]
     lines += [f"Measured on {date.today()} on {' and '.join(processors)}.", ""]
     lines += [f"Versions: miniclip {miniclip.__version__}, {used}.", ""]
-    lines += _table(
+    lines += worst_table(reports)
+    for report in reports:
+        lines += [f"### {report.title}", ""]
+        lines += [f"Weights: {report.weights}.", "", f'What runs "as used": {report.path}.', ""]
+        lines += _table(
+            ["stage", "max abs Δ", "relative Δ", "cosine", "limit", "result"],
+            [_cells(row) for row in report.rows],
+            numbers=range(1, 4),
+        )
+    return "\n".join(lines)
+
+
+def worst_table(reports: Sequence[Report]) -> list[str]:
+    """The lines of a table with the worst values of each report."""
+    return _table(
         [
             "model",
             "device",
@@ -126,15 +140,6 @@ def to_markdown(reports: Sequence[Report]) -> str:
         [_worst_cells(report) for report in reports],
         numbers=range(3, 7),
     )
-    for report in reports:
-        lines += [f"### {report.title}", ""]
-        lines += [f"Weights: {report.weights}.", "", f'What runs "as used": {report.path}.', ""]
-        lines += _table(
-            ["stage", "max abs Δ", "relative Δ", "cosine", "limit", "result"],
-            [_cells(row) for row in report.rows],
-            numbers=range(1, 4),
-        )
-    return "\n".join(lines)
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: range) -> list[str]:

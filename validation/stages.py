@@ -56,8 +56,8 @@ class Limits:
     cosine: float = 0.0
 
 
-def limits_for(device: str, dtype: torch.dtype) -> Limits:
-    """The limits of a device type and dtype. The reference is transformers in float32, or float64 for float64."""
+def limits_for(dtype: torch.dtype) -> Limits:
+    """The limits of a dtype, on every device. The reference is transformers in float32, or float64 for float64."""
     # The cosine is the limit that counts in half precision. The others only catch a wrong scale, which no cosine shows.
     if dtype == torch.float16:
         return Limits(hidden=2e-2, embedding=5e-3, logits=0.2, probabilities=0.05, cosine=0.99999)
@@ -65,10 +65,7 @@ def limits_for(device: str, dtype: torch.dtype) -> Limits:
         return Limits(hidden=1e-1, embedding=3e-2, logits=2.0, probabilities=0.2, cosine=0.9995)
     if dtype == torch.float64:
         return Limits(hidden=1e-12, embedding=1e-12, logits=1e-12, probabilities=1e-12)
-    if device == "cpu":
-        return Limits(hidden=5e-6, embedding=1e-6, logits=2e-4, probabilities=1e-4)
-    # No GPU has been measured yet. The embeddings may be off by ten times the CPU's limit, and so may the others.
-    return Limits(hidden=5e-5, embedding=1e-5, logits=2e-3, probabilities=1e-3)
+    return Limits(hidden=5e-6, embedding=1e-6, logits=2e-4, probabilities=1e-4)
 
 
 @dataclass(frozen=True)
@@ -137,7 +134,7 @@ def compare(
     Raises:
         InputError: if the texts need ids that the model's vocabulary does not have.
     """
-    limits = limits or limits_for(model.device.type, model.dtype)
+    limits = limits or limits_for(model.dtype)
     images = list(images) if images is not None else sample_images()
     rows = [_weights_row(model)]
 
@@ -245,12 +242,10 @@ def _second_call(function: Callable[..., Any], *inputs: Tensor) -> Any:
 def published(model: miniclip.CLIP) -> Row:
     """Compare with published logits of OpenAI's ViT-B/32: two constant images, two given rows of token ids.
 
-    The numbers and their tolerance of 1e-4 are those of Bumblebee's CLIP test. CUDA is allowed ten times as much, as
-    for the other logits.
+    The numbers and their tolerance of 1e-4 are those of Bumblebee's CLIP test.
     """
     pixels = torch.tensor([0.25, 0.75])[:, None, None, None].expand(2, 3, 224, 224)
     tokens = torch.tensor([[49406, 320, 1125, 539, 320, word, 49407] for word in (2368, 1929)])
     expected = torch.tensor([[22.7866, 22.8397], [23.2389, 22.8406]])
     _, logits_per_text = model(pixels.to(model.device), tokens.to(model.device))
-    limits = Limits(logits=1e-4 if model.device.type == "cpu" else 1e-3)
-    return measure("published logits", logits_per_text, expected, "logits", limits)
+    return measure("published logits", logits_per_text, expected, "logits", Limits(logits=1e-4))
