@@ -10,8 +10,8 @@ the first one of the group.
 
 The right threshold depends on the model and on what you call identical: look at the groups before you delete anything.
 The default is measured on the demo model. Half-size JPEGs (quality 70) of the sample images and of letters have 0.999
-with their originals. Of every second drawing of Twemoji, 953 different files, 0.97 joins 44 pairs and 0.99 joins 27:
-these are flags and families that look the same or almost the same. Do not use 1: because of float16 rounding an image
+with their originals. Of every second drawing of Twemoji, 953 files, 0.97 joins 42 pairs and 0.99 joins 26: these
+are flags and families that look the same or almost the same. Do not use 1: because of float16 rounding an image
 may score 0.9997 against itself. Every pair is compared, so the time grows with the square of the number of images.
 """
 
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 import miniclip
+from miniclip.terminal import printable
 
 with common.needs("examples"):
     from tqdm import tqdm
@@ -93,7 +94,7 @@ def main() -> None:
         print(f"group {number}")
         first = index.vector(group[0])
         for row, path in zip(group, islice(paths, len(group))):
-            print(f"  {first @ index.vector(row):.4f}  {path}")
+            print(f"  {first @ index.vector(row):.4f}  {printable(path)}")
     duplicates = sum(len(group) - 1 for group in found)
     print(f"{len(alive):,} images, {len(found):,} groups: {duplicates:,} near-duplicates")
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import miniclip
+from miniclip.terminal import printable
 
 with common.needs("examples"):
     from tqdm import tqdm
@@ -104,8 +105,8 @@ def print_matches(similarities: Tensor, owner: Tensor, names: Sequence[str], cap
     print("\nbest matches (cosine similarity)")
     for row in score.argsort(descending=True)[:SHOWN].tolist():
         caption = int(nearest[row])
-        verdict = "" if owner[caption] == row else f"   wrong: belongs to {names[int(owner[caption])]}"
-        print(f"  {score[row]:.3f}  {names[row]}  {captions[caption]}{verdict}")
+        verdict = "" if owner[caption] == row else f"   wrong: belongs to {printable(names[int(owner[caption])])}"
+        print(f"  {score[row]:.3f}  {printable(names[row])}  {captions[caption]}{verdict}")
 
 
 def main() -> None:
@@ -131,7 +132,7 @@ def main() -> None:
     if options.query is not None:
         scores = images @ encode_captions(model, [options.query], options.batch_size)[0]
         for row in scores.argsort(descending=True)[:SHOWN].tolist():
-            print(f"  {scores[row]:.3f}  {names[row]}")
+            print(f"  {scores[row]:.3f}  {printable(names[row])}")
         return
 
     captions = [caption for name in names for caption in captions_of[name]]

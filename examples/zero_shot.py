@@ -12,6 +12,7 @@ import argparse
 import common
 
 import miniclip
+from miniclip.terminal import printable
 
 TEMPLATES = ("a photo of {}.", "a close-up photo of {}.", "a photo of {} in the distance.", "a drawing of {}.")
 SHOWN = 3
@@ -34,7 +35,7 @@ def main() -> None:
     model, preprocess = miniclip.load(name)
     classifier = miniclip.ZeroShotClassifier(model, preprocess, labels, TEMPLATES)
     for path, answer in zip(paths, classifier(images)):
-        print(path)
+        print(printable(str(path)))
         for label, probability in answer[:SHOWN]:
             print(f"  {probability:6.1%}  {label}")
 

@@ -10,13 +10,13 @@ import os
 import re
 import shutil
 import sys
-import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from miniclip.errors import ImageError, InputError
 from miniclip.folders import DEFAULT_RULES, Walk
 from miniclip.sources import SUFFIXES
+from miniclip.terminal import columns, printable
 from miniclip.zero_shot import Answer
 
 
@@ -106,21 +106,13 @@ def answer_lines(path: str, answer: Answer, bars: bool) -> Iterator[str]:
     """The lines of one answer: with ``bars`` a heading and a bar chart, else path, label, probability with tabs."""
     if not bars:
         for label, probability in answer:
-            yield f"{path}\t{label}\t{probability:.4f}"
+            yield f"{printable(path)}\t{printable(label)}\t{probability:.4f}"
         return
+    answer = [(printable(label), probability) for label, probability in answer]
     width = max(columns(label) for label, _ in answer)
     room = max(10, min(40, shutil.get_terminal_size().columns - width - 12))
     full = "█" if (sys.stdout.encoding or "").lower().startswith("utf") else "#"
-    yield path
+    yield printable(path)
     for label, probability in answer:
         padding = " " * (width - columns(label))
         yield f"  {label}{padding}  {probability:6.1%}  {full * round(probability * room)}"
-
-
-def columns(text: str) -> int:
-    """How many columns of a terminal a text takes: East Asian letters and emoji take two, accents none."""
-    return sum(
-        0 if unicodedata.combining(letter) or unicodedata.category(letter) in ("Mn", "Me", "Cf")
-        else 2 if unicodedata.east_asian_width(letter) in "WF" else 1
-        for letter in text
-    )  # fmt: skip

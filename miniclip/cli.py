@@ -23,16 +23,16 @@ from miniclip.embed import embed_images
 from miniclip.embed_command import EMOJI_ONLY, ProgressPrinter, print_summary
 from miniclip.errors import ImageError, InputError, MiniclipError, StorageError
 from miniclip.files import atomic_write
+from miniclip.folder_commands import add_folder_commands
 from miniclip.html_page import page
 from miniclip.hub import BUNDLED, KNOWN, cached_model
-from miniclip.images import open_image
-from miniclip.inverted_build import LEAST, build_inverted_file
+from miniclip.images import MAX_BYTES, open_image
 from miniclip.loading import load
 from miniclip.parsers import CommandParser, Parser
-from miniclip.planning import prune
 from miniclip.search import Index
 from miniclip.serve import serve
 from miniclip.store import EmbeddingStore
+from miniclip.terminal import escaped, printable
 from miniclip.version import __version__
 from miniclip.zero_shot import Answer, ZeroShotClassifier
 
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _print_error(message: str) -> None:
     if sys.stderr is not None:  # if it was closed before the program started, print would write to stdout
-        print(f"miniclip: {message}", file=sys.stderr)
+        print(f"miniclip: {escaped(message)}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -105,21 +105,7 @@ def _parser() -> argparse.ArgumentParser:
             description="Find the images nearest to a text, to an image, or to both, in a folder that embed made.",
         )
     )
-    fast = "make searches of many vectors fast: build an inverted file, or add new vectors to it"
-    _add_index(commands.add_parser("index", help=fast, description=f"M{fast[1:]}."))
-    pruned = commands.add_parser(
-        "prune",
-        help="remove the vectors of missing and changed images",
-        description="Remove from a folder that embed made the vectors of images that the last run no longer found, or "
-        "found changed. A search does not show these images in any case. Mount all disks before.",
-    )
-    pruned.add_argument(
-        "--left-out",
-        action="store_true",
-        help="also those of images whose file is there, but which the last run left out (--exclude, --follow-links)",
-    )
-    pruned.add_argument("folder", metavar="DIR", help="the folder of the vectors")
-    pruned.set_defaults(run=_prune)
+    add_folder_commands(commands)
     served = commands.add_parser(
         "serve",
         help="look at a folder of vectors in a browser",
@@ -202,6 +188,13 @@ def _add_embed(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="take hidden folders, waste bins, thumbnails and the insides of photo libraries too",
     )
+    parser.add_argument(
+        "--max-image-bytes",
+        type=int,
+        default=MAX_BYTES,
+        metavar="N",
+        help="refuse images whose decoded pixels take more bytes (default: 2^29, which is 134 million pixels)",
+    )
     parser.add_argument("--follow-links", action="store_true", help="enter folders through symbolic links")
     parser.add_argument("--quiet", action="store_true", help="print no progress, only errors")
     parser.set_defaults(run=_embed)
@@ -233,12 +226,6 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--exact", action="store_true", help="compare with every vector, also where index was run")
     parser.add_argument("--json", action="store_true", help="print a list of {path, score, missing}")
     parser.set_defaults(run=_search)
-
-
-def _add_index(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="DIR", help="the folder of the vectors")
-    parser.add_argument("--model", metavar="NAME_OR_PATH", help="where the model of the vectors is now")
-    parser.set_defaults(run=_index)
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -322,6 +309,7 @@ def _embed(options: argparse.Namespace) -> int:
             exclude=options.exclude,
             default_excludes=options.default_excludes,
             follow_links=options.follow_links,
+            max_image_bytes=options.max_image_bytes,
             progress=printer,
         )
     except KeyboardInterrupt:
@@ -363,10 +351,10 @@ def _search(options: argparse.Namespace) -> int:
         print(json.dumps(rows, indent=2))
     elif sys.stdout is not None and sys.stdout.isatty():
         for rank, match in enumerate(matches, start=1):
-            print(f"{rank:>4}  {match.score:.3f}  {match.path}{'  (missing)' * match.missing}")
+            print(f"{rank:>4}  {match.score:.3f}  {printable(match.path)}{'  (missing)' * match.missing}")
     else:
         for match in matches:
-            print(f"{match.path}\t{match.score:.4f}{chr(9) + 'missing' if match.missing else ''}")
+            print(f"{printable(match.path)}\t{match.score:.4f}{chr(9) + 'missing' if match.missing else ''}")
     return 0
 
 
@@ -374,33 +362,6 @@ def _title(options: argparse.Namespace) -> str:
     """What was searched for: "a dog + photo.jpg, but not snow"."""
     wanted = " + ".join([*options.text, *([options.image] if options.image else [])])
     return f"{wanted}, but not {', not '.join(options.without)}" if options.without else wanted
-
-
-def _index(options: argparse.Namespace) -> int:
-    done = build_inverted_file(
-        options.folder, options.model, lambda text: print(f"{options.folder}: {text}", flush=True)
-    )
-    if done is None:
-        print(f"{options.folder}: fewer than {LEAST:,} vectors, so exact search is fast enough and nothing was built")
-        return 0
-    found = ", ".join(f"{share:.1%} for {kind}" for kind, share in done.recall.items())
-    print(
-        f"{options.folder}: {done.added:,} vectors added, {done.vectors:,} in {done.lists:,} lists; a search probes "
-        f"{done.probes} and finds of the ten nearest images {found}"
-    )
-    return 0
-
-
-def _prune(options: argparse.Namespace) -> int:
-    done = prune(EmbeddingStore(Path(options.folder)), options.left_out)
-    left_out = f" and {done.left_out:,} left out" if options.left_out else ""
-    print(
-        f"{options.folder}: {done.missing:,} missing, {done.changed:,} changed{left_out} images removed, "
-        f"{done.left:,} left"
-    )
-    if done.spared:
-        print(f"hidden images that stay, because their files are left out or may come back: {done.spared:,}")
-    return 0
 
 
 def _serve(options: argparse.Namespace) -> int:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from miniclip.errors import ConfigError
-from miniclip.shard_files import as_parquet, import_pyarrow, read_parquet, write_file
+from miniclip.parquet import as_parquet, import_pyarrow, read_parquet
+from miniclip.shard_files import write_file
 
 DEAD = "dead.parquet"
 MISSING, CHANGED, LEFT_OUT, TAKEN = "missing", "changed", "left out", "taken"
@@ -42,7 +43,7 @@ def read_dead_rows(folder: Path) -> dict[Row, Death]:
     """
     path = folder / DEAD
     try:
-        table = read_parquet(path)
+        table = read_parquet(path.read_bytes())
         shards, rows, reasons, by = (table.column(name).to_pylist() for name in ("shard", "row", "reason", "by"))
         if not DEATHS.issuperset(reasons) or not all(type(n) is int for column in (shards, rows, by) for n in column):
             raise ValueError("it has an unknown reason or a row without a number")

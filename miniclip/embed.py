@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from miniclip.errors import ConfigError, ImageError, InputError
 from miniclip.folders import Rules
-from miniclip.images import decode_image
+from miniclip.images import MAX_BYTES, decode_image
 from miniclip.loading import load
 from miniclip.manifest import complete_settings, run_settings
 from miniclip.model import CLIP
@@ -61,13 +61,14 @@ class Pixels(NamedTuple):
 Decoded = Pixels | Failure  # or why the image could not be decoded
 
 
-def decode(source: ImageSource, preprocess: Preprocess, min_side: int | None) -> Decoded:
+def decode(source: ImageSource, preprocess: Preprocess, min_side: int | None, max_bytes: int = MAX_BYTES) -> Decoded:
     """Decode one image to the pixels that the model sees, before normalisation. Never raises.
 
     Args:
         source: where the image lies.
         preprocess: resizes and crops the image.
         min_side: if given, JPEGs may be decoded at a fraction of their size, down to this side (see ``open_image``).
+        max_bytes: as in ``open_image``.
     """
     if source.error is not None:
         return Failure(source.error)
@@ -78,7 +79,7 @@ def decode(source: ImageSource, preprocess: Preprocess, min_side: int | None) ->
         return Failure("has changed since it was listed: run the same command again to embed the new file")
     try:
         with source.open() as file:
-            values = preprocess.to_pixels(decode_image(file, source.name, min_side))
+            values = preprocess.to_pixels(decode_image(file, source.name, min_side, max_bytes))
             return Pixels(values, checksum(file))
     except ImageError as error:
         return Failure(error.reason, retry=source.size != -1 and is_storage_error(error.__cause__))
@@ -94,7 +95,12 @@ def is_storage_error(error: BaseException | None) -> bool:
 
 
 def decode_ahead(
-    sources: Iterable[ImageSource], preprocess: Preprocess, min_side: int | None, workers: int, ahead: int
+    sources: Iterable[ImageSource],
+    preprocess: Preprocess,
+    min_side: int | None,
+    workers: int,
+    ahead: int,
+    max_bytes: int = MAX_BYTES,
 ) -> Generator[Decoded, None, None]:
     """``decode`` every image in order, in ``workers`` threads that keep up to ``ahead`` results ready.
 
@@ -104,7 +110,7 @@ def decode_ahead(
         pending: deque[Future[Decoded]] = deque()
         try:
             for source in sources:
-                pending.append(pool.submit(decode, source, preprocess, min_side))
+                pending.append(pool.submit(decode, source, preprocess, min_side, max_bytes))
                 if len(pending) > ahead:
                     yield pending.popleft().result()
             while pending:
@@ -150,6 +156,7 @@ def encode_shards(
     batch_size: int,
     fast_decode: bool = False,
     workers: int | None = None,
+    max_image_bytes: int = MAX_BYTES,
     report: Callable[[int, int], object] = lambda done, failed: None,
 ) -> Generator[Shard, None, None]:
     """Embed one shard after another. Threads decode the next images while the model works on a batch.
@@ -160,6 +167,7 @@ def encode_shards(
         batch_size: images that go through the model together.
         fast_decode: decode large JPEGs at a fraction of their size (see ``embed_images``).
         workers: threads that decode; by default one for each core.
+        max_image_bytes: as ``max_bytes`` in ``open_image``.
         report: called after each batch with the number of its images, and how many of them failed.
 
     Raises:
@@ -171,7 +179,7 @@ def encode_shards(
     listings, listings_to_decode = tee(listings)  # decoding runs ahead of encoding, also across shards
     to_decode = chain.from_iterable(listings_to_decode)
     with contextlib.closing(
-        decode_ahead(to_decode, preprocess, min_side, workers or available_cores(), ahead)
+        decode_ahead(to_decode, preprocess, min_side, workers or available_cores(), ahead, max_image_bytes)
     ) as stream:
         for listing in listings:
             shard = Shard(np.zeros((0, model.config.embed_dim), np.float16), [], {}, [])
@@ -270,6 +278,7 @@ def embed_images(
     exclude: Sequence[str] = (),
     default_excludes: bool = True,
     follow_links: bool = False,
+    max_image_bytes: int = MAX_BYTES,
     progress: Callable[[Progress], object] | None = None,
 ) -> Summary:
     """Embed every image of ``source`` into the folder ``out``, or continue an interrupted run.
@@ -297,6 +306,7 @@ def embed_images(
         default_excludes: leave out what other programs keep beside photos: hidden folders, names that begin with "._",
             waste bins, thumbnails, and all but the originals in photo libraries.
         follow_links: enter folders through symbolic links. No folder is entered twice.
+        max_image_bytes: as ``max_bytes`` in ``open_image``. Each thread decodes one image at a time.
         progress: called before the first batch and after every batch.
 
     Returns:
@@ -306,10 +316,12 @@ def embed_images(
         InputError: if a source cannot be read, if none contains images, or if a number is out of range.
         ConfigError: if ``out`` was created with another model or settings (the error names the difference), or if
             another run is writing to it.
-        StorageError: if ``out`` cannot be written. Complete shards stay complete.
+        StorageError: if ``out`` cannot be written, or another program removes files of it during the run. Complete
+            shards stay complete.
         MiniclipError: as ``load`` does, if the model cannot be loaded.
     """
-    for name, number in (("batch_size", batch_size), ("shard_size", shard_size), ("workers", workers)):
+    numbers = {"batch_size": batch_size, "shard_size": shard_size, "workers": workers}
+    for name, number in (numbers | {"max_image_bytes": max_image_bytes}).items():
         if number is not None and (type(number) is not int or number < 1):
             raise InputError(f"{name} must be an int of at least 1, got {number!r}")
     sources = [source] if isinstance(source, str | os.PathLike) else list(source)
@@ -335,11 +347,14 @@ def embed_images(
             batch_size=chosen.batch_size,
             fast_decode=chosen.fast_decode,
             workers=workers,
+            max_image_bytes=max_image_bytes,
             report=counter.add,
         )
         with contextlib.closing(shards):
             for files, shard in zip(pending, shards):
+                store.check_run()
                 files.write(shard)
+        store.check_run(pending)
         total = store.write_failure_summary()
     embedded, seconds = counter.done - counter.failed, time.perf_counter() - began
     left_out = (dict(listing.skipped), listing.excluded, listing.links)

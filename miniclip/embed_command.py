@@ -15,6 +15,7 @@ from miniclip.embed import Progress, Summary
 from miniclip.errors import ConfigError
 from miniclip.folders import describe_suffixes
 from miniclip.hub import BUNDLED
+from miniclip.terminal import escaped, printable
 
 EMOJI_ONLY = "drawings of emoji are all that the demo model knows; for photos, embed them with --model ViT-B/32"
 _SECONDS_BETWEEN_LINES = 30
@@ -25,9 +26,9 @@ def print_summary(options: argparse.Namespace, done: Summary, print_error: Calla
     if not options.quiet:
         rate = f" in {_duration(done.seconds)}" if done.embedded else ""
         taken = f", {done.taken:,} known under another name or time" if done.taken else ""
-        print(f"{options.out}: {done.embedded:,} images embedded{rate}{taken}, {done.total:,} in all")
+        print(f"{printable(options.out)}: {done.embedded:,} images embedded{rate}{taken}, {done.total:,} in all")
         if done.skipped:
-            print(f"no images by their names: {describe_suffixes(Counter(done.skipped))}")
+            print(f"no images by their names: {escaped(describe_suffixes(Counter(done.skipped)))}")
         if done.excluded:
             print(f"files and folders that were left out: {done.excluded:,} (--no-default-excludes takes them)")
         if done.links:
@@ -36,7 +37,8 @@ def print_summary(options: argparse.Namespace, done: Summary, print_error: Calla
         files = "1 file" if done.failed == 1 else f"{done.failed:,} files"
         print_error(f"{files} could not be embedded; see {os.path.join(options.out, 'failures.jsonl')}")
     if not options.quiet and done.total and sys.stdout is not None and sys.stdout.isatty():
-        folder = shlex.quote(options.out)
+        folder = printable(options.out)
+        folder = shlex.quote(folder) if folder == options.out else folder
         print(f'now: miniclip search {folder} "a dog in the snow"\nor in a browser: miniclip serve {folder}')
 
 

@@ -211,6 +211,8 @@ def fetch_repository(repo: str, revision: str = "main", cache_dir: str | Path | 
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError
 
+    if not _is_revision(revision):
+        raise UnknownModelError(f"{revision!r} cannot be a revision of {repo}: give a branch, a tag or a commit")
     try:
         info = HfApi().model_info(repo, revision=revision, timeout=_TIMEOUT_SECONDS)
     except HFValidationError as error:  # no repository can have such a name
@@ -223,6 +225,8 @@ def fetch_repository(repo: str, revision: str = "main", cache_dir: str | Path | 
         raise _not_downloaded(repo, cache_dir, error) from None
 
     commit = info.sha or revision
+    if not re.fullmatch("[0-9a-f]{40}", commit):
+        raise DownloadError(f"{repo}: the Hub named {commit!r} as a commit, which is 40 hexadecimal digits")
     names = {sibling.rfilename for sibling in info.siblings or ()}
     weights = _weights_name(repo, names)
     for name in _SETTINGS_FILES:
@@ -394,6 +398,16 @@ def _discard(path: Path) -> None:
         link, path = path, path.parent / path.readlink()
         link.unlink()
     path.unlink(missing_ok=True)
+
+
+def _is_revision(text: str) -> bool:
+    """Whether git allows this name for a branch or tag (git-check-ref-format), which commits are as well.
+
+    The cache notes which commit a branch is in a file of this name. A path through ".." would leave the cache.
+    """
+    forbidden = re.search(r"[\x00-\x20\x7f~^:?*\[\\\ud800-\udfff]|\.\.|@\{", text)
+    wrong = (not part or part.startswith(".") or part.endswith(".lock") for part in text.split("/"))
+    return not (forbidden or text == "@" or text.endswith(".") or any(wrong))
 
 
 def _is_sha256(text: str) -> bool:

@@ -11,6 +11,9 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from miniclip.errors import ImageError, InputError
 
+#: Bytes that the pixels of an image may take when they are decoded: 134 million pixels of 4 bytes.
+MAX_BYTES = 2**29
+
 # The brands of a file in the High Efficiency Image File Format (ISO/IEC 23008-12, 10.2 and annex B.4).
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
@@ -26,7 +29,7 @@ _ORIENTATIONS = {
 }
 
 
-def open_image(path: str | os.PathLike[str], *, min_side: int | None = None) -> Image.Image:
+def open_image(path: str | os.PathLike[str], *, min_side: int | None = None, max_bytes: int = MAX_BYTES) -> Image.Image:
     """Open an image file as a person sees the image.
 
     The EXIF orientation is applied, transparency is put on white, 16 bits per channel are scaled to 8, and an animation
@@ -40,6 +43,9 @@ def open_image(path: str | os.PathLike[str], *, min_side: int | None = None) -> 
             but not exact. With 1.5 times the model's image size, the embeddings of photos kept a cosine above 0.999 to
             the exact ones, and those of fine stripes kept 0.97. With the image size itself, photos fell to 0.99. Other
             formats are always decoded in full.
+        max_bytes: refuse an image whose pixels take more bytes than this when they are decoded, at 4 bytes per pixel. A
+            file of a few bytes may declare such a size. To decode takes up to five times as much for a moment. Pillow
+            also has a limit of its own, of 179 million pixels.
 
     Returns:
         A plain ``PIL.Image.Image`` in mode "RGB". It holds no open file.
@@ -47,22 +53,26 @@ def open_image(path: str | os.PathLike[str], *, min_side: int | None = None) -> 
     Raises:
         ImageError: if the file is missing, is not an image, is truncated, or is too large to decode safely. The message
             names the file.
-        InputError: if ``min_side`` is not a positive number of pixels.
+        InputError: if ``min_side`` is not a positive number of pixels, or ``max_bytes`` not a positive number.
         TypeError: if ``path`` is not a path.
     """
     os.fspath(path)
+    if not is_side(max_bytes):
+        raise InputError(f"max_bytes must be a positive number of bytes, got {max_bytes!r}")
     if min_side is not None and not is_side(min_side):
         raise InputError(f"min_side must be a positive number of pixels, got {min_side!r}")
-    return decode_image(path, path, min_side)
+    return decode_image(path, path, min_side, max_bytes)
 
 
-def decode_image(file: str | os.PathLike[str] | BinaryIO, name: object, min_side: int | None = None) -> Image.Image:
+def decode_image(
+    file: str | os.PathLike[str] | BinaryIO, name: object, min_side: int | None = None, max_bytes: int = MAX_BYTES
+) -> Image.Image:
     """``open_image`` of a path or an open file.
 
     Args:
         file: a path, or a binary file that can seek.
         name: what errors call the file.
-        min_side: as in ``open_image``.
+        min_side, max_bytes: as in ``open_image``.
 
     Raises:
         ImageError: as ``open_image`` does.
@@ -73,6 +83,8 @@ def decode_image(file: str | os.PathLike[str] | BinaryIO, name: object, min_side
                 raise ImageError(name, "is or may contain PostScript, a program that Pillow runs with Ghostscript")
             if min_side is not None:
                 opened.draft(None, (min_side, min_side))
+            if (needed := 4 * opened.width * opened.height) > max_bytes:
+                raise ImageError(name, f"takes {needed:,} bytes when it is decoded, and the limit is {max_bytes:,}")
             opened.load()
             image = _apply_orientation(opened)
             if image.mode != "F":

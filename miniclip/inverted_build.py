@@ -162,7 +162,7 @@ def _with_new_times(record: Record, index: Index) -> Record:
 
 
 def _cover(shard: ShardFiles, vectors: np.ndarray) -> Covered:
-    time = shard.vectors_time()
+    time = shard.stat_vectors().st_mtime_ns
     digest = hashlib.blake2b(np.ascontiguousarray(vectors).view(np.uint8).data, digest_size=16).hexdigest()
     return Covered(shard.number, len(vectors), time, digest)
 
@@ -206,7 +206,7 @@ def _train(index: Index, say: Say) -> np.ndarray:
     say(f"training {lists:,} centroids on {len(chosen):,} vectors")
     sample = np.empty((len(chosen), index.dimension), np.float32)
     start = 0
-    for block in index.gather(chosen):
+    for block in index.table.gather(chosen):
         sample[start : start + len(block)] = block.numpy()
         start += len(block)
     points = {"min_points_per_centroid": 1, "max_points_per_centroid": _SAMPLE}
@@ -310,7 +310,7 @@ def _measured(folder: Path, index: Index, record: Record, words: np.ndarray) -> 
     if not len(alive):
         return replace(record, probes=_LEAST_PROBES, recall={"words": 1.0, "images": 1.0})
     chosen = torch.randperm(len(alive), generator=torch.Generator().manual_seed(1))[:_QUERIES]
-    images = torch.cat([*index.gather(alive[chosen].sort().values)]).float().numpy()
+    images = torch.cat([*index.table.gather(alive[chosen].sort().values)]).float().numpy()
     starts = np.cumsum([0, *map(len, index.vectors())])
     numbers = [shard.number for shard in index.shards]
     inverted = InvertedFile(folder, record, dict(zip(numbers, starts.tolist())), index.dimension)

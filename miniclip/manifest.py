@@ -30,7 +30,7 @@ from miniclip.version import __version__
 
 MANIFEST = "manifest.json"
 _MEMORY = ".weights.json"  # which files had which checksum when they were last read
-_FORMAT = 2
+_FORMAT = 3
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 

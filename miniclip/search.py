@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,10 +26,8 @@ from miniclip.shard_files import ShardFiles
 from miniclip.sources import ImageSource
 from miniclip.store import EmbeddingStore
 from miniclip.tokenizer import tokenize
+from miniclip.vector_table import Query, VectorTable, as_vector
 
-# Rows that are converted to float32 at a time. 512 numbers per row make 8 MB, which stays in the caches. Fewer rows are
-# up to a tenth faster alone, but far slower when other threads run, because torch's threads sleep between operations.
-_ROWS = 4096
 # How far the product in a list may be from the one with the stored vector. Both are of the same float16 numbers, so
 # only the order of a sum in float32 differs: a thousand times less.
 _SAME = 1e-3
@@ -67,8 +64,9 @@ class Index:
 
     Attributes:
         manifest: the content of manifest.json: how the vectors were computed.
-        shards: the shards that have vectors, in the order of ``vectors``.
-        notice: why searches are exact though the folder has an inverted file, in one sentence, or None.
+        table: the vectors of all shards.
+        notice: what is wrong, in one sentence, or None: why searches are exact though the folder has an inverted file,
+            or that some vectors cannot be found.
         dead: (rows,) bool: the images that are gone or have changed, which a search leaves out.
         missing: (rows,) bool: those that are gone.
     """
@@ -77,14 +75,13 @@ class Index:
         self,
         folder: Path,
         manifest: dict[str, Any],
-        shards: Sequence[ShardFiles],
-        vectors: Sequence[Tensor],
+        table: VectorTable,
         dead: Tensor,
         missing: Tensor,
         model: str,
     ) -> None:
         self.manifest = manifest
-        self.shards = shards
+        self.table = table
         self.notice: str | None = None
         self.dead, self.missing = dead, missing
         self._hidden = {
@@ -92,8 +89,6 @@ class Index:
             for shown, rows in ((False, dead), (True, dead & ~missing))
         }
         self._folder = folder
-        self._vectors = vectors
-        self._ends = list(accumulate(len(part) for part in vectors))  # of each shard, the row after its last
         self._model_name = model
         self._model: tuple[CLIP, Preprocess] | None = None
         self._record: Record | None = None  # of an inverted file that belongs to the vectors and is not opened yet
@@ -123,9 +118,9 @@ class Index:
         reasons = store.dead_rows()
         deaths = [reasons.get(shard.number, {}).get(row) for shard, listed in rows.items() for row in listed]
         dead, missing = (torch.tensor([death in kinds for death in deaths]) for kinds in (DEATHS, {MISSING}))
-        vectors = [shard.map_vectors(len(listed)) for shard, listed in rows.items()]
+        table = VectorTable({shard: len(listed) for shard, listed in rows.items()}, _dimension_of(manifest))
         name = str(manifest["model"]) if model is None else canonical_name(model)
-        index = cls(store.folder, manifest, list(rows), vectors, dead, missing, name)
+        index = cls(store.folder, manifest, table, dead, missing, name)
         index._find_inverted_file()
         return index
 
@@ -139,12 +134,17 @@ class Index:
 
     def __len__(self) -> int:
         """The number of rows, dead ones included."""
-        return self._ends[-1]
+        return len(self.table)
+
+    @property
+    def shards(self) -> list[ShardFiles]:
+        """The shards that have vectors, in the order of the rows."""
+        return self.table.shards
 
     @property
     def dimension(self) -> int:
         """The number of components of a vector, D."""
-        return int(self._vectors[0].shape[1])
+        return self.table.dimension
 
     def search(
         self,
@@ -198,7 +198,7 @@ class Index:
         without: str | Sequence[str] = (),
         template: str = "{}",
         truncate: bool = False,
-        start: Tensor | None = None,
+        start: Query | None = None,
     ) -> Tensor:
         """The unit vector (D,) float32 of a query. Arguments and errors are those of ``search``, but for one.
 
@@ -211,13 +211,12 @@ class Index:
             raise InputError("the query is empty: give a text, an image, or both")
         if "{}" not in template:
             raise InputError(f"the template {template!r} has no {{}} for the text")
-        if start is not None and tuple(start.shape) != (self.dimension,):
-            raise InputError(f"start must be a vector of {self.dimension} numbers, got shape {tuple(start.shape)}")
+        first = None if start is None else as_vector(start, self.dimension, "start")
         model, preprocess = self.load()
         parts = []
         with torch.inference_mode():
-            if start is not None:
-                parts.append(F.normalize(start.to(model.device).float(), dim=0)[None])
+            if first is not None:
+                parts.append(F.normalize(first.to(model.device), dim=0)[None])
             if texts or others:
                 prompts = [template.replace("{}", each) for each in texts + others]
                 tokens = tokenize(prompts, model.context_length, truncate).to(model.device)
@@ -232,9 +231,11 @@ class Index:
             return F.normalize(total, dim=0).float().cpu()
 
     def nearest(
-        self, query: Tensor, k: int = 10, *, min_score: float | None = None, missing: bool = False, exact: bool = False
+        self, query: Query, k: int = 10, *, min_score: float | None = None, missing: bool = False, exact: bool = False
     ) -> list[Match]:
-        """Find the ``k`` images nearest to a unit vector (D,). The other arguments are those of ``search``.
+        """Find the ``k`` images nearest to a unit vector (D,), a tensor, an array or a list.
+
+        The other arguments are those of ``search``.
 
         If the folder has an inverted file and ``k`` is at most 100, some images may be other than the nearest. Their
         scores are always exact.
@@ -244,12 +245,10 @@ class Index:
 
         Raises:
             InputError: if the vector has another size, is not finite or far from length 1, or ``k`` is below 1.
-            TypeError: if ``k`` is not an int.
+            TypeError: if the vector is something else, or ``k`` is not an int.
         """
         _check_k(k)
-        if tuple(query.shape) != (self.dimension,):
-            raise InputError(f"the query must be a vector of {self.dimension} numbers, got shape {tuple(query.shape)}")
-        query = query.detach().float().cpu()
+        query = as_vector(query, self.dimension, "the query")
         if not (length := query.double().norm().item()) < 1e3:  # also true for nan
             raise InputError(f"the query must be a unit vector, but its length is {length:g}")
         best = [(row, s) for row, s in self._best(query, k, missing, exact) if min_score is None or s >= min_score]
@@ -268,43 +267,31 @@ class Index:
         # Twice the largest error of a sum of D products in float32, for unit vectors: D units in the last place.
         error = 2 * self.dimension * torch.finfo(torch.float32).eps * query.norm().item()
         if exact or k > MOST or (best := self._probed(query, k, missing, error)) is None:
-            candidates = self._compared(query, k, self._hidden[missing].rows, error, self._starts())
-            best = candidates, self._exact_scores(query, candidates)
+            candidates = self._compared(query, k, self._hidden[missing].rows, error, self.table.starts())
+            best = candidates, self.table.exact_products(query, candidates)
         candidates, scores = best
         order = scores.sort(descending=True, stable=True)
         return list(zip(candidates[order.indices[:k]].tolist(), order.values[:k].tolist()))
 
-    def _exact_scores(self, query: Tensor, rows: Tensor) -> Tensor:
-        """The products of ``rows``, which are in ascending order, and the query: (rows,) float64."""
-        blocks = [(part.double() * query.double()).sum(dim=1) for part in self.gather(rows)]
-        return torch.cat(blocks) if blocks else torch.empty(0, dtype=torch.float64)
-
-    def _starts(self) -> dict[int, int]:
-        """Number of a shard -> its first row."""
-        return dict(zip((shard.number for shard in self.shards), (0, *self._ends)))
-
     def _compared(self, query: Tensor, k: int, hidden: Tensor, error: float, starts: Mapping[int, int]) -> Tensor:
-        """Candidates for the ``k`` best rows of some shards, in ascending order: each of their vectors is compared."""
-        parts = [part for shard, part in zip(self.shards, self._vectors) if shard.number in starts]
+        """Candidates for the ``k`` best rows of some shards, in ascending order: each of their vectors is compared.
+
+        A vector that is not finite, because its file is damaged, is left out.
+        """
+        parts = [part for shard, part in zip(self.shards, self.table.parts) if shard.number in starts]
         here = torch.cat([hidden[start : start + len(part)] for start, part in zip(starts.values(), parts)])
-        scores = self._scores(query, parts).masked_fill_(here, -torch.inf)
-        lowest = scores.topk(min(k, len(scores))).values[-1]
+        scores = self.table.products(query, parts)
+        if wrong := int((~scores.isfinite() & ~here).sum()):
+            here = here | ~scores.isfinite()
+            self.notice = f"{wrong:,} vectors are not finite and cannot be found: run miniclip check {self._folder}"
+        scores.masked_fill_(here, -torch.inf)
+        if not (k := min(k, int((~here).sum()))):
+            return here.nonzero()[:0, 0]
+        lowest = scores.topk(k).values[-1]
         places = ((scores >= lowest - error) & ~here).nonzero()[:, 0]
         ends = torch.tensor([*accumulate(map(len, parts))])
         part = torch.searchsorted(ends, places, right=True)
         return places + (torch.tensor([*starts.values()]) - ends + torch.tensor([*map(len, parts)]))[part]
-
-    def _scores(self, query: Tensor, parts: Sequence[Tensor]) -> Tensor:
-        """The product of every vector of ``parts`` and the query, (rows,) float32."""
-        scores, start = torch.empty(sum(map(len, parts))), 0
-        # One buffer for all blocks: allocating one for each may fragment the heap to gigabytes.
-        buffer = torch.empty(_ROWS, self.dimension)
-        for part in parts:
-            for rows in part.split(_ROWS):  # views of the mapped file
-                block = buffer[: len(rows)].copy_(rows)
-                torch.mv(block, query, out=scores[start : start + len(rows)])
-                start += len(rows)
-        return scores
 
     # -- the inverted file --------------------------------------------------------------------------------------------
 
@@ -325,7 +312,10 @@ class Index:
 
     def shard_times(self) -> dict[int, tuple[int, int]]:
         """Number of a shard -> the number of its vectors, and the time of their file in nanoseconds."""
-        return {shard.number: (len(part), shard.vectors_time()) for shard, part in zip(self.shards, self._vectors)}
+        return {
+            shard.number: (len(part), shard.stat_vectors().st_mtime_ns)
+            for shard, part in zip(self.shards, self.table.parts)
+        }
 
     def _search_exactly(self, reason: str) -> None:
         self._record = self._inverted = None
@@ -346,7 +336,7 @@ class Index:
         hidden = self._hidden[missing].rows
         try:
             if self._inverted is None:
-                starts, covered = self._starts(), {shard.number for shard in self._record.shards}
+                starts, covered = self.table.starts(), {shard.number for shard in self._record.shards}
                 self._later = {number: start for number, start in starts.items() if number not in covered}
                 self._inverted = InvertedFile(self._folder, self._record, starts, self.dimension)
             if missing not in self._selectors:
@@ -357,25 +347,17 @@ class Index:
             return None
         ascending = np.argsort(probed)
         rows = torch.from_numpy(probed[ascending])
-        scores = self._exact_scores(query, rows)
+        scores = self.table.exact_products(query, rows)
         if len(rows) and not (abs(scores.numpy() - products[ascending]).max() <= _SAME * query.norm().item()):
             self._search_exactly("the inverted file holds other vectors than the folder")
             return None
         if self._later:
             compared = self._compared(query, k, hidden, error, self._later)
             rows, order = torch.cat([rows, compared]).sort()
-            scores = torch.cat([scores, self._exact_scores(query, compared)])[order]
+            scores = torch.cat([scores, self.table.exact_products(query, compared)])[order]
         return rows, scores
 
     # -- rows ---------------------------------------------------------------------------------------------------------
-
-    def gather(self, rows: Tensor) -> Iterator[Tensor]:
-        """The vectors of ``rows``, which are in ascending order, in blocks of at most ``_ROWS``."""
-        bounds = [0, *torch.searchsorted(rows, torch.tensor(self._ends)).tolist()]
-        for part, end, (first, last) in zip(self._vectors, self._ends, pairwise(bounds)):
-            if first < last:
-                for block in (rows[first:last] - (end - len(part))).split(_ROWS):
-                    yield part[block]
 
     def paths(self, rows: Iterable[int]) -> list[str]:
         """The paths of the images of ``rows``, which count over all shards from 0.
@@ -386,9 +368,9 @@ class Index:
         """
         columns: dict[int, Any] = {}
         paths = []
-        for part, place in map(self._place, rows):
+        for part, place in map(self.table.place, rows):
             if part not in columns:
-                columns[part] = self.shards[part].read_paths(len(self._vectors[part]))
+                columns[part] = self.shards[part].read_paths(len(self.table.parts[part]))
             paths.append(columns[part][place].as_py())
         return paths
 
@@ -396,28 +378,22 @@ class Index:
         """Where the images of ``rows`` lie. Errors are those of ``paths``."""
         listings: dict[int, list[ImageSource]] = {}
         sources = []
-        for part, place in map(self._place, rows):
+        for part, place in map(self.table.place, rows):
             if part not in listings:
                 listing = self.shards[part].read_listing()
                 listings[part] = [listing[row] for row in self.shards[part].rows_with_vectors()]
             sources.append(listings[part][place])
         return sources
 
-    def _place(self, row: int) -> tuple[int, int]:
-        """The shard of a row, and the row within the shard."""
-        if not 0 <= row < len(self):
-            raise InputError(f"row {row:,} does not exist: rows are 0 to {len(self) - 1:,}")
-        part = bisect_right(self._ends, row)
-        return part, row - (self._ends[part - 1] if part else 0)
-
     def vectors(self) -> Iterator[np.ndarray]:
         """The vectors of each shard, in order: (rows, D) float16, memory-mapped."""
-        return (part.numpy() for part in self._vectors)
+        return (part.numpy() for part in self.table.parts)
 
     def vector(self, row: int) -> Tensor:
         """The stored unit vector of a row, (D,) float32. Raises InputError if the row does not exist."""
-        part, place = self._place(row)
-        return self._vectors[part][place].float()
+        part, place = self.table.place(row)
+        self.table.check_files()
+        return self.table.parts[part][place].float()
 
     def load(self) -> tuple[CLIP, Preprocess]:
         """The model that made the vectors, and its preprocessing. Errors are those of ``search``."""
@@ -433,6 +409,13 @@ class Index:
                 raise CheckpointError(f"the vectors of {self._folder} were made with {difference}: {advice}")
             self._model = model, preprocess
         return self._model
+
+
+def _dimension_of(manifest: Mapping[str, Any]) -> int | None:
+    """The number of components that the vectors must have, if the manifest says it."""
+    config = manifest.get("config")
+    dimension = config.get("embed_dim") if isinstance(config, dict) else None
+    return dimension if type(dimension) is int else None
 
 
 def _texts(given: str | Sequence[str] | None, name: str) -> list[str]:

@@ -3,27 +3,31 @@
 img_emb/img_emb_N.npy            (rows, D) float16, unit vectors
 metadata/metadata_N.parquet      one line for each row: image_path; key and caption if the image is from a tar; checksum
 listing/listing_N.parquet        the images that the shard is made of
-failures/failures_N.jsonl        {path, error, row} of each image that could not be embedded
+failures/failures_N.jsonl        the size and the checksums of the other three; then {path, error, row} of each image
+                                 that could not be embedded
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 
 from miniclip.errors import ConfigError, StorageError
 from miniclip.files import atomic_write
+from miniclip.parquet import as_parquet, import_pyarrow, read_parquet
 from miniclip.sources import ImageSource, printable
 
 SUFFIXES = {"img_emb": "npy", "metadata": "parquet", "listing": "parquet", "failures": "jsonl"}
+_START = 4096  # bytes at the beginning of a file that have a checksum of their own
 
 
 class Failure(NamedTuple):
@@ -31,6 +35,30 @@ class Failure(NamedTuple):
 
     error: str
     retry: bool = False  # the storage failed, not the image: a later run tries again
+
+
+class FileSum(NamedTuple):
+    """What a file was when its shard was completed."""
+
+    size: int  # in bytes
+    start: str  # the checksum of the first bytes, which costs little when a shard is opened
+    whole: str  # the checksum of all bytes
+
+    @classmethod
+    def of(cls, data: bytes | memoryview) -> FileSum:
+        return cls(len(data), _digest(data[:_START]), _digest(data))
+
+    def check_start(self, file: BinaryIO) -> None:
+        """Compare the size and the beginning of an open file, and go back to its beginning.
+
+        Raises:
+            ValueError: if one differs.
+        """
+        if (size := os.fstat(file.fileno()).st_size) != self.size:
+            raise ValueError(f"{size:,} bytes instead of {self.size:,}")
+        if _digest(file.read(_START)) != self.start:
+            raise ValueError("its beginning has changed")
+        file.seek(0)
 
 
 @dataclass
@@ -54,9 +82,10 @@ class Shard:
 class ShardFiles:
     """The files of one shard of a folder.
 
-    A shard is planned once its listing exists. A shard is complete once its failures file exists (it may be empty);
-    that file is written last. A shard without vectors has no vector file and no metadata file, because readers that
-    pair the two may skip an empty file in only one of the folders.
+    A shard is planned once its listing exists. A shard is complete once its failures file exists, which is written
+    last. Its first line has the sizes and the checksums of the other files. The size and the beginning of a file are
+    compared whenever a shard is opened, all bytes by ``verify``. A shard without vectors has no vector file and no
+    metadata file, because readers that pair the two may skip an empty file in only one of the folders.
     """
 
     folder: Path
@@ -90,7 +119,9 @@ class ShardFiles:
             ConfigError: if the listing is damaged.
         """
         try:
-            return _from_table(read_parquet(self.listing_path))
+            return _from_table(read_parquet(self._read("listing")))
+        except ConfigError:
+            raise
         except (OSError, KeyError, TypeError, ValueError, import_pyarrow().ArrowException) as error:
             raise self._damaged_listing(error) from None
 
@@ -101,12 +132,22 @@ class ShardFiles:
             ConfigError: if the failures file is damaged.
         """
         try:
-            lines = self.failures_path.read_text("utf-8").splitlines()
-            records: list[dict[str, Any]] = [json.loads(line) for line in lines]
-            if any(not {"path", "error", "row"} <= record.keys() for record in records):
-                raise ValueError("a line is not of this version")
-            return {record["row"]: Failure(record["error"], record.get("retry", False)) for record in records}
-        except (OSError, ValueError, AttributeError, TypeError) as error:
+            lines = self.failures_path.read_text("utf-8").splitlines()[1:]
+            return dict(map(_as_failure, map(json.loads, lines)))
+        except (OSError, ValueError, RecursionError) as error:
+            raise self._damaged(self.failures_path, error) from None
+
+    def read_sums(self) -> dict[str, FileSum]:
+        """The kinds of files that the shard has -> what each was when the shard was completed.
+
+        Raises:
+            ConfigError: if the failures file is missing or damaged.
+        """
+        try:
+            with self.failures_path.open("rb") as file:
+                first = json.loads(file.readline())
+            return _as_sums(first)
+        except (OSError, ValueError, RecursionError) as error:
             raise self._damaged(self.failures_path, error) from None
 
     def count_images(self) -> int:
@@ -127,25 +168,37 @@ class ShardFiles:
         Raises:
             ConfigError: if the listing or the failures file is damaged.
         """
-        failures = self.read_failures()
-        return [row for row in range(self.count_images()) if row not in failures]
+        failures, count = self.read_failures(), self.count_images()
+        if wrong := [row for row in failures if not 0 <= row < count]:
+            raise self._damaged(self.failures_path, f"row {wrong[0]} of {count} images")
+        return [row for row in range(count) if row not in failures]
 
     def count_vectors(self) -> int:
         """The number of vectors that the shard must have, which is complete. Errors are those of ``read_listing``."""
         return self.count_images() - len(self.read_failures())
 
-    def verify_vectors(self, count: int) -> None:
-        """Check that the vector file contains ``count`` vectors. Reads only its header and its size.
+    def verify_starts(self) -> None:
+        """Check that the files of a complete shard are there, with their sizes and their beginnings.
 
         Raises:
-            ConfigError: if the file is missing or damaged.
+            ConfigError: if a file is missing or damaged.
         """
-        self._vectors_offset(count)
+        for kind, expected in self.read_sums().items():
+            try:
+                with self._path(kind).open("rb") as file:
+                    expected.check_start(file)
+            except (OSError, ValueError) as error:
+                raise self._damaged_file(kind, error) from None
 
     def _vectors_offset(self, count: int) -> int:
-        """Where the numbers begin in the vector file, in bytes; checks the file as ``verify_vectors`` does."""
+        """Where the numbers begin in the vector file, in bytes.
+
+        Reads its beginning and its size. Raises ConfigError if the file is missing or damaged.
+        """
+        sums = self.read_sums()
         try:
             with self.vectors_path.open("rb") as file:
+                sums["img_emb"].check_start(file)
                 np.lib.format.read_magic(file)
                 shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
                 start, end = file.tell(), file.seek(0, os.SEEK_END)
@@ -157,8 +210,8 @@ class ShardFiles:
             raise self._damaged(self.vectors_path, error) from None
         return start
 
-    def map_vectors(self, count: int) -> torch.Tensor:
-        """The vectors (count, D) float16, memory-mapped.
+    def map_vectors(self, count: int, dimension: int | None = None) -> torch.Tensor:
+        """The vectors (count, D) float16, memory-mapped. If ``dimension`` is given, D must be equal to it.
 
         Mapped by torch, because numpy keeps each file open while it is mapped, and there may be thousands of shards.
 
@@ -173,14 +226,32 @@ class ShardFiles:
             mapped = torch.from_file(str(path), shared=False, size=size // 2, dtype=torch.float16)
         except (RuntimeError, UnicodeError) as error:
             raise StorageError(f"{path} cannot be memory-mapped ({str(error).splitlines()[0]})") from None
-        return mapped[start // 2 :].view(count, -1)
+        vectors = mapped[start // 2 :].view(count, -1)
+        if dimension not in (None, vectors.shape[1]):
+            raise self._damaged(self.vectors_path, f"vectors of {vectors.shape[1]} numbers instead of {dimension}")
+        return vectors
 
-    def vectors_time(self) -> int:
-        """When the vector file was written, in nanoseconds. Raises ConfigError if the file is missing."""
+    def stat_vectors(self) -> os.stat_result:
+        """The status of the vector file. Raises ConfigError if the file is missing."""
         try:
-            return self.vectors_path.stat().st_mtime_ns
+            return self.vectors_path.stat()
         except OSError as error:
             raise self._damaged(self.vectors_path, error) from None
+
+    def verify(self) -> None:
+        """Read every byte of a complete shard, and compare the checksums.
+
+        Raises:
+            ConfigError: if a file is missing or has changed, if the numbers of rows differ, or if a vector is not
+                finite.
+        """
+        for kind in self.read_sums():
+            self._read(kind)
+        if count := len(self.rows_with_vectors()):
+            self.read_paths(count)
+            finite = self.map_vectors(count).isfinite().all(dim=1)
+            if not finite.all():
+                raise self._damaged(self.vectors_path, f"{int((~finite).sum()):,} vectors are not finite")
 
     def read_paths(self, count: int) -> Any:
         """The paths of the images of the ``count`` vectors, as a pyarrow column.
@@ -197,12 +268,32 @@ class ShardFiles:
 
     def _read_metadata(self, name: str, count: int) -> Any:
         try:
-            column = read_parquet(self.metadata_path, [name]).column(name)
+            column = read_parquet(self._read("metadata"), [name]).column(name)
         except (OSError, KeyError, import_pyarrow().ArrowException) as error:
             raise self._damaged(self.metadata_path, error) from None
         if len(column) != count:
             raise self._damaged(self.metadata_path, f"{len(column)} rows instead of {count}")
         return column
+
+    def _read(self, kind: str) -> bytes:
+        """The content of a file, compared with its checksum if the shard is complete.
+
+        Raises:
+            ConfigError: if the file is missing or has changed.
+        """
+        path = self._path(kind)
+        try:
+            data = path.read_bytes()
+            if kind != "failures" and self.failures_path.exists() and FileSum.of(data) != self.read_sums().get(kind):
+                raise ValueError("its checksum has changed")
+        except (OSError, ValueError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise self._damaged_file(kind, error) from None
+        return data
+
+    def _damaged_file(self, kind: str, error: Exception) -> ConfigError:
+        return self._damaged_listing(error) if kind == "listing" else self._damaged(self._path(kind), error)
 
     def _damaged(self, path: Path, error: Exception | str) -> ConfigError:
         """The error for a damaged file that a new run can compute again."""
@@ -230,17 +321,18 @@ class ShardFiles:
             StorageError: if a file cannot be written.
         """
         listing = self.read_listing()
+        sums = {"listing": FileSum.of(self._read("listing"))}
         if shard.rows:
             vectors = io.BytesIO()
             np.save(vectors, shard.vectors)
-            write_file(self.vectors_path, vectors.getbuffer())
-            write_file(
-                self.metadata_path, as_parquet(_metadata_table([listing[row] for row in shard.rows], shard.checksums))
-            )
+            metadata = _metadata_table([listing[row] for row in shard.rows], shard.checksums)
+            for kind, data in (("img_emb", vectors.getbuffer()), ("metadata", as_parquet(metadata))):
+                sums[kind] = FileSum.of(data)
+                write_file(self._path(kind), data)
         else:  # an earlier, interrupted run may have written them
             remove_file(self.vectors_path)
             remove_file(self.metadata_path)
-        lines = []
+        lines = [json.dumps({"files": {kind: entry._asdict() for kind, entry in sums.items()}}) + "\n"]
         for row, failure in shard.failures.items():
             record = {"path": printable(listing[row].name), "error": failure.error, "row": row}
             lines.append(json.dumps(record | {"retry": True} if failure.retry else record) + "\n")
@@ -263,6 +355,31 @@ class ShardFiles:
         """
         for path in (self.vectors_path, self.metadata_path, self.listing_path):
             remove_file(path)
+
+
+def _as_failure(record: Any) -> tuple[int, Failure]:
+    """The row and the failure of a line. Raises ValueError if it is another line."""
+    if isinstance(record, dict) and {"path", "error", "row"} <= record.keys():
+        row, error, retry = record["row"], record["error"], record.get("retry", False)
+        if (type(row), type(error), type(retry)) == (int, str, bool):
+            return row, Failure(error, retry)
+    raise ValueError("a line is not of this version")
+
+
+def _as_sums(record: Any) -> dict[str, FileSum]:
+    """The checksums in the first line. Raises ValueError if it is another line."""
+    try:
+        sums = {kind: FileSum(**entry) for kind, entry in record["files"].items()}
+    except (AttributeError, KeyError, TypeError):
+        sums = {}
+    right = all(tuple(map(type, entry)) == (int, str, str) for entry in sums.values())
+    if not (right and "listing" in sums and sums.keys() <= SUFFIXES.keys()):
+        raise ValueError("its first line has no checksums")
+    return sums
+
+
+def _digest(data: bytes | memoryview) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def _reason(error: Exception | str) -> str:
@@ -299,20 +416,6 @@ def remove_file(path: Path) -> None:
 # -- Parquet ----------------------------------------------------------------------------------------------------------
 
 
-def import_pyarrow() -> Any:
-    """The package pyarrow, which only embedding and searching need.
-
-    Raises:
-        ConfigError: if the package is missing.
-    """
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ConfigError('the package pyarrow is missing: pip install -c constraints.txt -e ".[embed]"') from None
-    return pyarrow
-
-
 def _as_table(images: Sequence[ImageSource]) -> Any:
     """A listing as a table with one column for each field of ``ImageSource``."""
     pa = import_pyarrow()
@@ -340,21 +443,3 @@ def _metadata_table(images: Sequence[ImageSource], checksums: Sequence[str]) -> 
         "checksum": checksums,
     }
     return pa.table({name: pa.array(column, pa.string()) for name, column in columns.items()})
-
-
-def read_parquet(path: Path, columns: list[str] | None = None) -> Any:
-    """A table, read without threads.
-
-    Starting threads costs more than reading a column. And with ``pre_buffer``, pyarrow starts a thread that may still
-    run when the process exits. On a busy machine some searches then ended in SIGABRT, after their output was complete,
-    with "terminate called without an active exception".
-    """
-    # Opened here, because pyarrow takes only paths that are valid text.
-    with path.open("rb") as file, import_pyarrow().parquet.ParquetFile(file, pre_buffer=False) as table:
-        return table.read(columns, use_threads=False)
-
-
-def as_parquet(table: Any) -> memoryview:
-    buffer = io.BytesIO()
-    import_pyarrow().parquet.write_table(table, buffer)
-    return buffer.getbuffer()

@@ -22,6 +22,20 @@ _EXTENSIONS += " avif avifs heic heics heif heifs hif jp2 j2k jpx"
 SUFFIXES = frozenset(f".{extension}" for extension in _EXTENSIONS.split())
 _MAX_INT64 = 2**63 - 1
 
+# What a tar may make a program read into memory. Its headers declare sizes, and a sparse member has no bytes at all.
+_LONGEST_HEADER = 2**20
+_LONGEST_CAPTION = 2**16
+_LARGEST_IMAGE = 2**30
+
+# How compressed files begin.
+_MAGIC = {
+    "gzip": b"\x1f\x8b",
+    "bzip2": b"BZh",
+    "xz": b"\xfd7zXZ\0",
+    "Zstandard": b"\x28\xb5\x2f\xfd",
+    "zip": b"PK\x03\x04",
+}
+
 Identity = tuple[str, int, int, str | None, int]
 
 
@@ -226,6 +240,15 @@ def stat_image(path: str) -> ImageSource:
     return ImageSource(path, status.st_size, max(-_MAX_INT64, min(status.st_mtime_ns, _MAX_INT64)))
 
 
+class _BoundedFile(io.BufferedReader):
+    """A tar that is read in pieces of a bounded size: tarfile reads whole headers, whose size the tar declares."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= _LONGEST_HEADER:
+            raise tarfile.ReadError(f"it has a header of {size or 0:,} bytes, and at most {_LONGEST_HEADER:,} are read")
+        return super().read(size)
+
+
 def _tar_images(path: str) -> list[ImageSource]:
     """The images of a tar with their captions, and one failed source if the tar cannot be read to its end.
 
@@ -237,7 +260,7 @@ def _tar_images(path: str) -> list[ImageSource]:
     captions: dict[str, str] = {}
     failed: list[ImageSource] = []
     try:
-        with tarfile.open(path, "r:") as tar:
+        with _BoundedFile(io.FileIO(path)) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 members[os.path.normpath(member.name)] = member
                 folder, name = os.path.split(member.name)
@@ -245,13 +268,29 @@ def _tar_images(path: str) -> list[ImageSource]:
                 suffix = os.path.splitext(name)[1].lower()
                 if suffix in SUFFIXES and (member.isfile() or member.islnk() or member.issym()):
                     images.append((tar_file._replace(member=printable(member.name), key=key), member))
-                elif suffix == ".txt" and member.isfile() and (file := tar.extractfile(member)):
-                    captions[key] = file.read().decode("utf-8", errors="replace")
+                elif suffix == ".txt" and member.isfile():
+                    if member.issparse() or member.size > _LONGEST_CAPTION:
+                        error = f"its caption has {member.size:,} bytes, and at most {_LONGEST_CAPTION:,} are read"
+                        failed.append(tar_file._replace(member=printable(member.name), key=key, error=error))
+                    elif text := tar.extractfile(member):
+                        captions[key] = text.read().decode("utf-8", errors="replace")
             _check_tar_end(tar)
     except Exception as error:  # a damaged header may raise anything, even RecursionError
-        failed = [tar_file._replace(error=f"the tar cannot be read to its end ({error or type(error).__name__})")]
+        reason = _compression(path) or f"the tar cannot be read to its end ({error or type(error).__name__})"
+        failed.append(tar_file._replace(error=reason))
     located = (_locate_in_tar(image, member, members) for image, member in images)
     return [image._replace(caption=captions.get(image.key or "")) for image in located] + failed
+
+
+def _compression(path: str) -> str | None:
+    """What to do about a file that is compressed, whatever its name says."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(6)
+    except OSError:
+        return None
+    kind = next((kind for kind, magic in _MAGIC.items() if start.startswith(magic)), None)
+    return kind and f"is compressed ({kind}): unpack it to a plain .tar"
 
 
 def _locate_in_tar(image: ImageSource, member: tarfile.TarInfo, members: dict[str, tarfile.TarInfo]) -> ImageSource:
@@ -264,6 +303,8 @@ def _locate_in_tar(image: ImageSource, member: tarfile.TarInfo, members: dict[st
         member = found
     if not member.isreg() or member.issparse():
         return image._replace(error="is not stored as a plain file in the tar")
+    if member.size > _LARGEST_IMAGE:
+        return image._replace(error=f"has {member.size:,} bytes, and at most {_LARGEST_IMAGE:,} are read from a tar")
     return image._replace(offset=member.offset_data, length=member.size)
 
 

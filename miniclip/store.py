@@ -22,7 +22,8 @@ from typing import Any
 from miniclip.dead_rows import in_effect, read_dead_rows
 from miniclip.errors import ConfigError, StorageError
 from miniclip.manifest import MANIFEST, describe_difference, encode_manifest, read_manifest
-from miniclip.shard_files import SUFFIXES, Failure, ShardFiles, import_pyarrow, remove_file, write_file
+from miniclip.parquet import import_pyarrow
+from miniclip.shard_files import SUFFIXES, Failure, ShardFiles, remove_file, write_file
 from miniclip.sources import ImageSource, printable
 
 _FAILURES = "failures.jsonl"
@@ -127,6 +128,19 @@ class EmbeddingStore:
         for shard in reversed(self.planned()):
             shard.remove_plan()
 
+    def check_run(self, written: Sequence[ShardFiles] = ()) -> None:
+        """Check that nobody removed the manifest, or a shard that this run wrote, while the run was going on.
+
+        Raises:
+            StorageError: if something is missing.
+        """
+        for path in (self.folder / MANIFEST, *(shard.failures_path for shard in written)):
+            if not path.exists():
+                raise StorageError(
+                    f"{path} was removed during the run, so the folder is not whole: restore it, or embed into another "
+                    "folder"
+                )
+
     def dead_rows(self) -> dict[int, dict[int, str]]:
         """Shard -> row of its listing -> why the row is dead. Raises ConfigError if dead.parquet is damaged."""
         return in_effect(read_dead_rows(self.folder), (shard.number for shard in self.complete()))
@@ -151,7 +165,7 @@ class EmbeddingStore:
             )
 
     def write_failure_summary(self) -> int:
-        """Write failures.jsonl from the failures of all complete shards, and verify the vectors of these shards.
+        """Write failures.jsonl from the failures of all complete shards, and verify the files of these shards.
 
         An image may be in several shards, because it was tried again or its file has changed. Its failure counts only
         in the last of them.
@@ -171,8 +185,8 @@ class EmbeddingStore:
             if alive := failures.keys() - gone.keys():
                 listing = shard.read_listing()
                 failed += [(shard, listing[row], failures[row]) for row in sorted(alive)]
+            shard.verify_starts()
             if count := shard.count_images() - len(failures):
-                shard.verify_vectors(count)
                 total += count - len(gone.keys() - failures.keys())
         last = self._last_shards([image for _, image, _ in failed])
         lines = [

@@ -128,6 +128,84 @@ def test_revision_may_be_a_branch_a_tag_or_a_commit(server: FakeHub, folder: dic
         miniclip.load("owner/name@v2", "cpu")
 
 
+@pytest.mark.parametrize(
+    "revision",
+    [
+        *(
+            "../../x",
+            "..",
+            "a/../../../b",
+            "refs/../../../z",
+            "/abs",
+            "a//b",
+            "a/",
+            ".hidden",
+            "a/.b",
+            "a.lock",
+            "a.lock/b",
+        ),
+        *(
+            "a.",
+            "@",
+            "@{1}",
+            "a b",
+            "a\nb",
+            "a\x00b",
+            "a\x1b[31m",
+            "a\x7f",
+            "a\\b",
+            "C:b",
+            "a~1",
+            "a^",
+            "a?",
+            "a*",
+            "a[0]",
+        ),
+        "\ud800",
+    ],
+)
+def test_what_can_be_no_revision_is_refused_before_anything_is_asked(
+    server: FakeHub, folder: dict[str, bytes], revision: str, tmp_path: Path
+) -> None:
+    """A Hub that answers to such a name would make the note of its commit leave the cache."""
+    server.add("owner/name", folder, "main", revision)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UnknownModelError, match="cannot be a revision of owner/name") as refused:
+        miniclip.load(f"owner/name@{revision}", "cpu")
+    assert one_sentence(refused.value)
+    assert server.requests == []
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "revision", ["main", "v1.0", "refs/pr/15", "feature/a-b_c+d", "@a", "é", "a@b", "-x", "a" * 40]
+)
+def test_other_revisions_are_taken(server: FakeHub, folder: dict[str, bytes], revision: str) -> None:
+    commit = server.add("owner/name", folder, revision)
+    assert hub.fetch_repository("owner/name", revision).name == commit
+    server.unplug()
+    assert hub.fetch_repository("owner/name", revision).name == commit
+
+
+def test_a_hub_that_names_no_commit_is_refused(
+    server: FakeHub, folder: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import HfApi
+
+    own = HfApi.model_info
+
+    def model_info(self: HfApi, *given: object, **settings: object) -> object:
+        info = own(self, *given, **settings)  # type: ignore[arg-type]
+        info.sha = "../../x"
+        return info
+
+    server.add("owner/name", folder)
+    monkeypatch.setattr(HfApi, "model_info", model_info)
+    with pytest.raises(DownloadError, match=r"named '\.\./\.\./x' as a commit"):
+        miniclip.load("owner/name", "cpu")
+    assert not server.asked("GET", "/cdn/")
+
+
 def test_moved_branch_is_followed_once_all_its_files_are_there(server: FakeHub) -> None:
     old = server.add("owner/name", SMALL)
     assert hub.fetch_repository("owner/name").name == old

@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 import torch
 from data.make_preprocess_goldens import noise, sample_image
-from helpers import run_python
-from PIL import ExifTags, Image
+from helpers import make_image, run_python
+from PIL import ExifTags, Image, ImageFile
 
 import miniclip
 from miniclip import ImageError, InputError, MiniclipError, open_image
@@ -496,3 +496,56 @@ def test_postscript_inside_an_iptc_record_is_not_run(tmp_path: Path, monkeypatch
     with pytest.raises(ImageError, match=r"photo\.jpg: is or may contain PostScript"):
         open_image(tmp_path / "photo.jpg")
     assert not ran
+
+
+# -- the memory of one image ------------------------------------------------------------------------------------------
+
+
+def never(*_: object) -> None:
+    raise AssertionError("pixels were decoded")
+
+
+@pytest.mark.parametrize(
+    ("size", "suffix"), [((13_000, 13_000), "gif"), ((1, 170_000_000), "pgm"), ((20_000, 8_000), "tif")]
+)
+def test_an_image_that_declares_too_many_pixels_is_not_decoded(
+    tmp_path: Path, size: tuple[int, int], suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, (width, height) = tmp_path / f"large.{suffix}", size
+    if suffix == "pgm":
+        path.write_bytes(f"P5 {width} {height} 255\n".encode())
+    else:
+        Image.new("P" if suffix == "gif" else "L", (8, 8)).save(path)
+        data = path.read_bytes()
+        if suffix == "gif":
+            data = data[:6] + struct.pack("<HH", width, height) + data[10:]
+        else:
+            for tag, value in ((256, width), (257, height)):
+                entry = data.index(struct.pack("<HH", tag, 4 if struct.pack("<HH", tag, 4) in data else 3))
+                data = data[:entry] + struct.pack("<HHII", tag, 4, 1, value) + data[entry + 12 :]
+        path.write_bytes(data)
+    with Image.open(path) as opened:
+        assert opened.size == size
+    monkeypatch.setattr(ImageFile.ImageFile, "load", never)
+    monkeypatch.setattr(Image.Image, "load", never)
+    needed = 4 * width * height
+    with pytest.raises(ImageError, match=rf"takes {needed:,} bytes when it is decoded, and the limit is 536,870,912"):
+        miniclip.open_image(path)
+
+
+def test_the_limit_is_an_argument(tmp_path: Path, tiny: Path) -> None:
+    make_image(tmp_path / "photos" / "small.png", 1, (40, 30))
+    make_image(tmp_path / "photos" / "large.jpg", 2, (400, 300))
+    path = tmp_path / "photos" / "large.jpg"
+    assert miniclip.open_image(path, max_bytes=480_000).size == (400, 300)
+    with pytest.raises(ImageError, match="takes 480,000 bytes when it is decoded, and the limit is 479,999"):
+        miniclip.open_image(path, max_bytes=479_999)
+    assert miniclip.open_image(path, max_bytes=479_999, min_side=100).size == (200, 150)  # decoded at half its size
+    for wrong in (0, -1, True, 1.5, None):
+        with pytest.raises(InputError, match="max_bytes must be a positive number of bytes"):
+            miniclip.open_image(path, max_bytes=wrong)  # type: ignore[arg-type]
+    done = miniclip.embed_images(tmp_path / "photos", tmp_path / "out", tiny, device="cpu", max_image_bytes=5_000)
+    assert (done.embedded, done.failed) == (1, 1)
+    assert "takes 480,000 bytes" in (tmp_path / "out" / "failures.jsonl").read_text()
+    with pytest.raises(InputError, match="max_image_bytes must be an int of at least 1, got 0"):
+        miniclip.embed_images(tmp_path / "photos", tmp_path / "out", tiny, max_image_bytes=0)

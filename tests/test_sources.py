@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
+import lzma
 import os
 import subprocess
 import tarfile
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -181,3 +186,87 @@ def test_file_names_need_not_be_text(tiny: Path, tmp_path: Path) -> None:
     table = pq.read_table(tmp_path / "from_tar" / "metadata" / "metadata_0.parquet").to_pydict()
     assert table["key"] == ["caf\\xe9"]
     assert table["caption"][0]
+
+
+# -- bounds -----------------------------------------------------------------------------------------------------------
+
+
+def sparse_tar(path: Path, name: str, size: int) -> None:
+    """A tar of 10 KB with a member that GNU tar stored as a hole of ``size`` bytes."""
+    hole = path.with_name(name)
+    with hole.open("wb") as file:
+        file.truncate(size)
+    subprocess.run(["tar", "--sparse", "-cf", path, "-C", path.parent, name], check=True)
+    hole.unlink()
+    assert path.stat().st_size < 20_000
+
+
+@pytest.mark.parametrize("size", [2**30, 2**32])
+@pytest.mark.parametrize("name", ["a.txt", "a.png"])
+def test_a_sparse_member_is_not_read(tmp_path: Path, name: str, size: int) -> None:
+    path = tmp_path / "sparse.tar"
+    sparse_tar(path, name, size)
+    with tarfile.open(path, "a") as tar:
+        make_image(tmp_path / "b.png", 1)
+        tar.add(tmp_path / "b.png", "b.png")
+    tracemalloc.start()
+    images = sources.list_images([path]).images
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10e6
+    errors = {image.member: image.error for image in images}
+    said = f"its caption has {size:,} bytes, and at most 65,536 are read"
+    assert errors == {name: said if name == "a.txt" else "is not stored as a plain file in the tar", "b.png": None}
+
+
+def test_a_long_caption_is_one_failure_and_its_image_is_embedded(tiny: Path, tmp_path: Path) -> None:
+    make_image(tmp_path / "a.png", 1)
+    for number, length in enumerate((65_536, 65_537)):
+        (tmp_path / f"{number}.txt").write_text("x" * length)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number in range(2):
+            tar.add(tmp_path / "a.png", f"{number}.png")
+            tar.add(tmp_path / f"{number}.txt", f"{number}.txt")
+    done = miniclip.embed_images(tmp_path / "a.tar", tmp_path / "out", tiny, device="cpu")
+    assert (done.embedded, done.failed) == (2, 1)
+    captions = pq.read_table(tmp_path / "out" / "metadata" / "metadata_0.parquet").column("caption").to_pylist()
+    assert captions == ["x" * 65_536, None]
+    assert "its caption has 65,537 bytes" in (tmp_path / "out" / "failures.jsonl").read_text()
+
+
+def test_a_header_as_long_as_a_library_is_not_read(tmp_path: Path) -> None:
+    """A pax header that declares a gigabyte, in a file that has it as a hole."""
+    header = tarfile.TarInfo("h")
+    header.type, header.size = tarfile.XHDTYPE, 2**30
+    path = tmp_path / "long.tar"
+    with path.open("wb") as file:
+        file.write(header.tobuf(tarfile.USTAR_FORMAT))
+        file.truncate(2**30 + 4096)
+    tracemalloc.start()
+    (image,) = sources.list_images([path]).images
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10e6
+    assert image.error is not None
+    assert "it has a header of 1,073,741,824 bytes, and at most 1,048,576 are read" in image.error
+
+
+def test_a_large_member_is_not_read_into_memory(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("a.png")
+    info.size = 2**30 + 1
+    path = tmp_path / "large.tar"
+    with path.open("wb") as file:
+        file.write(info.tobuf())
+        file.truncate(2**30 + 4096)
+    (image,) = sources.list_images([path]).images
+    assert image.error == "has 1,073,741,825 bytes, and at most 1,073,741,824 are read from a tar"
+
+
+@pytest.mark.parametrize(
+    ("kind", "pack"),
+    [("gzip", gzip.compress), ("bzip2", bz2.compress), ("xz", lzma.compress)],
+)
+def test_a_compressed_tar_is_named(tar: Path, kind: str, pack: Callable[[bytes], bytes]) -> None:
+    tar.write_bytes(pack(tar.read_bytes()))
+    (image,) = sources.list_images([tar]).images
+    assert image.error == f"is compressed ({kind}): unpack it to a plain .tar"

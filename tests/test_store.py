@@ -310,9 +310,11 @@ def test_a_damaged_listing_or_failures_file_is_named(photos: Path, tiny: Path, t
         (files.failures_path, b'{"path": "a"}', "remove .*failures_1"),
         (files.listing_path, b"not Parquet", "embed into another folder"),
     ):
+        good = path.read_bytes()
         path.write_bytes(damage)
         with pytest.raises(miniclip.ConfigError, match=rf"{path.name} is damaged \(.*\): {advice}"):
             miniclip.embed_images(photos, tmp_path / "out", str(tiny), shard_size=10, device="cpu")
+        path.write_bytes(good)
 
 
 def test_shards_are_planned_pending_and_complete(tmp_path: Path) -> None:
@@ -331,7 +333,7 @@ def test_shards_are_planned_pending_and_complete(tmp_path: Path) -> None:
 
 
 def test_reading_tables_starts_no_thread(tmp_path: Path) -> None:
-    """A thread of pyarrow that runs when the process exits may abort it (see ``_read_parquet``)."""
+    """A thread of pyarrow that runs when the process exits may abort it (see ``read_parquet``)."""
     files = EmbeddingStore(tmp_path).shard(0)
     files.write_listing([ImageSource("a.png", 1, 1)])
     files.write(Shard(np.zeros((1, 4), np.float16), [0], {}, [""]))
