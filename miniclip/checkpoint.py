@@ -23,6 +23,7 @@ from torch import nn
 from miniclip import huggingface, open_clip
 from miniclip.config import CLIPConfig, Heads
 from miniclip.errors import CheckpointError, ConfigError
+from miniclip.files import LARGEST_DESCRIPTION, read_description
 from miniclip.shapes import Shape, config_from_shapes
 
 #: Tensors of OpenAI's layout that are dropped on purpose. OpenAI's archives store three settings as tensors; open_clip
@@ -34,7 +35,6 @@ _WEIGHT_DTYPES = tuple(_TORCH_DTYPES)
 # Bytes per number. Tensors that are not weights may be stored as integers.
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "BOOL": 1}
 _BYTES |= {f"{sign}{bits}": bits // 8 for sign in "IU" for bits in (8, 16, 32, 64)}
-_LARGEST_HEADER = 100_000_000  # bytes; the limit of the format. The header of a CLIP takes some 50,000.
 _MOST_DIMENSIONS = 8
 
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
@@ -235,9 +235,13 @@ def read_json(path: Path) -> dict[str, Any]:
         ConfigError: if the file cannot be read, is not JSON, or holds something else than an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        data = read_description(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    try:
+        value = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: is not JSON ({error})") from None
     if not isinstance(value, dict):
@@ -348,8 +352,11 @@ def _read_json_header(path: Path) -> tuple[dict[str, Any], int]:
                 f"{path}: truncated or not safetensors: the file has {size} bytes, its header needs "
                 f"{8 + length if size >= 8 else 8}"
             )
-        if length > _LARGEST_HEADER:
-            raise CheckpointError(f"{path}: not safetensors: the header would have {length} bytes")
+        if length > LARGEST_DESCRIPTION:
+            raise CheckpointError(
+                f"{path}: the header would have {length} bytes, the most is {LARGEST_DESCRIPTION}: the file is not a "
+                "CLIP's, or not safetensors"
+            )
         text = file.read(length)
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)

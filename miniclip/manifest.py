@@ -20,7 +20,7 @@ import PIL
 import torch
 
 from miniclip.errors import ConfigError
-from miniclip.files import atomic_write
+from miniclip.files import atomic_write, read_description
 from miniclip.hub import BUNDLED
 from miniclip.huggingface import preprocess_to_dict
 from miniclip.loading import weights_files, weights_sha256
@@ -62,7 +62,7 @@ def remembered_sha256(folder: Path, name: str | os.PathLike[str]) -> str:
     files = [[status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino] for status in statuses]
     memory = folder / _MEMORY
     with contextlib.suppress(OSError, ValueError, RecursionError, TypeError, KeyError):
-        seen = json.loads(memory.read_text(encoding="utf-8"))
+        seen = json.loads(read_description(memory).decode("utf-8"))
         if seen["files"] == files and re.fullmatch("[0-9a-f]{64}", seen["sha256"]):
             return str(seen["sha256"])
     sha256 = weights_sha256(name)
@@ -138,7 +138,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(read_description(path).decode("utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:

@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import struct
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -677,12 +678,36 @@ def test_wrong_header_lengths_are_refused(length: int, folder: Path) -> None:
         load(folder)
 
 
-def test_a_header_above_the_formats_limit_is_refused(folder: Path) -> None:
+def test_a_sparse_file_with_a_header_of_two_gigabytes_is_refused(folder: Path) -> None:
     file = folder / "model.safetensors"
     with file.open("r+b") as sparse:  # two gigabytes that take no space on the disk
         sparse.write(struct.pack("<Q", 2**31 - 8))
         sparse.truncate(2**31)
-    with refused(folder, "the header would have 2147483640 bytes"):
+    with refused(folder, "the header would have 2147483640 bytes, the most is 4194304"):
+        load(folder)
+
+
+@pytest.mark.parametrize("content", ["empty lists", "tensors of no numbers"])
+def test_large_headers_are_refused_before_they_are_parsed(content: str, folder: Path) -> None:
+    """Parsed, 24 MB of lists took 622 MB, and 600,000 tensors of no numbers 469 MB."""
+    tensor = '"t{}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
+    parts = ['"a":[' + "[]," * 8_000_000 + "[]]"] if "lists" in content else map(tensor.format, range(600_000))
+    header = "{" + ",".join(parts) + "}"
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode())
+    tracemalloc.start()
+    with refused(folder, rf"the header would have {len(header)} bytes, the most is 4194304"):
+        load(folder)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 5e6
+
+
+def test_the_largest_header_that_is_read(folder: Path, state: dict[str, Tensor]) -> None:
+    file = folder / "model.safetensors"
+    change_header(file, lambda header: header + b" " * (2**22 - len(header)))
+    assert are_equal(load(folder).state_dict(), state)
+    change_header(file, lambda header: header + b" ")
+    with refused(folder, "the header would have 4194305 bytes"):
         load(folder)
 
 
@@ -845,6 +870,20 @@ def test_invalid_values_in_the_configuration_never_load_a_wrong_model(
         values[choose.choice(list(values))] = choose.choice(INVALID_NUMBERS)
         (folder / "config.json").write_text(json.dumps(damaged))
         assert len(load_or_refuse(folder, state)) < 1500
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "model.safetensors.index.json"])
+def test_sparse_descriptions_of_two_gigabytes_are_refused_at_once(name: str, folder: Path) -> None:
+    with (folder / name).open("wb") as sparse:
+        sparse.truncate(2**31)
+    tracemalloc.start()
+    with refused(
+        folder, f"{re.escape(name)}: cannot be read .it has 2147483648 bytes, the most is 4194304", ConfigError
+    ):
+        load(folder / name if "index" in name else folder)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20e6
 
 
 def test_a_folder_named_like_the_configuration_is_ignored(folder: Path) -> None:

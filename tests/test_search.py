@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -250,3 +251,6 @@ def test_an_index_opened_again_has_the_new_images_and_the_loaded_model(tiny: Pat
     manifest = tmp_path / "out" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"fast_decode": false', '"fast_decode": true'))
     assert index.reopen().load() is not loaded  # vectors of other settings may be those of another model
+    os.truncate(manifest, 2**31)
+    with pytest.raises(miniclip.ConfigError, match=r"manifest\.json cannot be read \(it has 2147483648 bytes"):
+        index.reopen()
