@@ -8,6 +8,8 @@ They know nothing of autograd, tracing or ``torch.func``, so ``is_ordinary`` kee
 from __future__ import annotations
 
 from functools import cache
+from itertools import count
+from math import gcd
 from typing import Any, NamedTuple
 
 import torch
@@ -136,10 +138,12 @@ class Packed:
             return True
         if not weight.is_contiguous() or weight.is_inference():
             return False
-        # The stride walks over rows and columns, so that every large block of the matrix has numbers in the sample.
+        # The step walks over rows and columns, so that every large block of the matrix has numbers in the sample. It
+        # shares no factor with the columns or with small periods: "all but every third number" has samples as well.
         # The view keeps freed memory, so that no other weight comes to the same address.
         columns = weight.numel() // len(weight)
         step = weight.numel() // _SAMPLES // columns * columns + max(int(0.618 * columns), 1)
+        step = next(each for each in count(step) if gcd(each, 210 * columns) == 1)
         with torch.inference_mode(False):
             sample = weight.detach().view(_BITS[weight.dtype]).flatten().numpy()[::step]
         self.known = _Known(weight, _state(weight), sample, sample.tobytes(), {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,7 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 CONVENTIONS = ("openai", "huggingface")
 
+_LARGEST_SIDE = 2**14  # pixels; a mistyped size must not exhaust the memory
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
@@ -61,10 +63,9 @@ class Preprocess:
     def __post_init__(self) -> None:
         if self.convention not in CONVENTIONS:
             raise ConfigError(f"unknown convention {self.convention!r}; miniclip knows {' and '.join(CONVENTIONS)}")
-        if not is_side(self.size):
-            raise ConfigError(f"size must be a positive number of pixels, got {self.size!r}")
-        if not is_side(self.short_side):
-            raise ConfigError(f"shortest_edge must be a positive number of pixels, got {self.short_side!r}")
+        for name, side in (("size", self.size), ("shortest_edge", self.short_side)):
+            if not is_side(side) or side > _LARGEST_SIDE:
+                raise ConfigError(f"{name} must be from 1 to {_LARGEST_SIDE} pixels, got {reprlib.repr(side)}")
         if self.short_side < self.size:
             raise ConfigError(f"a short side of {self.short_side} pixels cannot be cropped to {self.size}")
         # Each value gets one form, so that equal settings compare and hash as equal.

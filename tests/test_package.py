@@ -38,7 +38,7 @@ ROOMS = {
     "shapes": {"config", "errors"},
     "huggingface": {"config", "errors", "images", "preprocess", "shapes"},
     "open_clip": {"config", "errors", "preprocess"},
-    "checkpoint": {"config", "errors", "huggingface", "open_clip", "shapes"},
+    "checkpoint": {"config", "errors", "files", "huggingface", "open_clip", "shapes"},
     "hub": {"checkpoint", "config", "errors"},
     "loading": {"checkpoint", "config", "errors", "hub", "huggingface", "model", "open_clip", "preprocess"},
     "saving": {"errors", "files", "huggingface", "model", "preprocess"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import math
 import multiprocessing
 import pickle
 import sys
@@ -1032,6 +1033,25 @@ def test_small_changes_after_a_first_call_are_noticed(model: CLIP, change: Calla
     assert is_right(model)
     assert not close(model.encode_image(make_pixels(5)), old[0])
     assert not close(model.encode_text(tokenize(TEXTS)), old[1])
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(
+    "shape", [(64, 64), (48, 96), (96, 48), (192, 64), (64, 63), (768, 768), (768, 3072), (1536, 512), (64, 3, 8, 8)]
+)
+def test_regular_patterns_written_through_data_are_noticed(shape: tuple[int, ...]) -> None:
+    """Every second to ninth number, and all but these; from every start."""
+    for period in range(2, 10):
+        for start in range(period):
+            for written in (True, False):
+                weight = nn.Parameter(torch.randn(shape), requires_grad=False)
+                copies = packed.Packed()
+                copies.usable(torch.randn(1, math.prod(shape[1:])), weight, None)
+                assert copies.known is not None
+                assert copies.known.holds_for(weight)
+                numbers = weight.data.view(-1)
+                numbers[(torch.arange(len(numbers)) % period == start) == written] += 1
+                assert not copies.known.holds_for(weight), (period, start, written)
 
 
 # -- what other libraries do to a model --------------------------------------------------------------------------------
