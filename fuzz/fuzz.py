@@ -29,7 +29,7 @@ from pathlib import Path
 from attacks import ATTACKS, Broken, judge
 
 CRASHES = Path(__file__).resolve().parents[1] / "tests" / "data" / "crashes"
-SAME = 3  # cases with the same message that are kept
+SAME = 3  # cases that are kept of those whose messages begin alike
 MEMORY = 3 * 2**30  # bytes beyond what the process has when it starts
 
 
@@ -47,8 +47,9 @@ def attack(name: str, seconds: float, most: int, seed: int, place: Path, crashes
             outcomes[judge(name, data, place / "work")] += 1
         except Broken as error:
             outcomes["broke something"] += 1
-            kinds[str(error)[:40]] += 1
-            if kinds[str(error)[:40]] <= SAME:
+            kind = str(error)[:12]
+            kinds[kind] += 1
+            if kinds[kind] <= SAME:
                 kept = keep(name, data, crashes)
                 print(f"{name}, case {number - 1} of seed {seed}: {error}; kept as {kept}", flush=True)
     told = ", ".join(f"{count:,} {outcome}" for outcome, count in outcomes.most_common())

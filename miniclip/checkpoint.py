@@ -36,6 +36,7 @@ _WEIGHT_DTYPES = tuple(_TORCH_DTYPES)
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "BOOL": 1}
 _BYTES |= {f"{sign}{bits}": bits // 8 for sign in "IU" for bits in (8, 16, 32, 64)}
 _MOST_DIMENSIONS = 8
+_LONGEST_NAME = 300  # characters; messages hold up to 16 names
 
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 #: The files that may hold the weights, in the order of the search.
@@ -209,11 +210,13 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
     headers: dict[str, TensorHeader] = {}
     spans: list[tuple[int, int, str]] = []
     for name, info in header.items():
-        if not name.isprintable() or not _describes_tensor(info):
-            raise CheckpointError(f"{path}: the header is damaged at {name!r}: {reprlib.repr(info)}")
+        if not name.isprintable() or len(name) > _LONGEST_NAME or not _describes_tensor(info):
+            raise CheckpointError(f"{path}: the header is damaged at {name[:_LONGEST_NAME]!r}: {reprlib.repr(info)}")
         dtype, shape, (first, last) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
         if dtype not in _BYTES:
-            raise CheckpointError(f"{path}: {name} is stored as {dtype!r}; miniclip reads {', '.join(_WEIGHT_DTYPES)}")
+            raise CheckpointError(
+                f"{path}: {name} is stored as {reprlib.repr(dtype)}; miniclip reads {', '.join(_WEIGHT_DTYPES)}"
+            )
         if last - first != _BYTES[dtype] * math.prod(shape):
             raise CheckpointError(f"{path}: damaged: {name}, {dtype} {shape}, does not fit bytes {first} to {last}")
         headers[name] = TensorHeader(path, dtype, shape)
