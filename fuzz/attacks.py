@@ -409,7 +409,10 @@ def good_folder() -> tuple[Path, tuple[Any, ...]]:
     for n in range(7):
         make_image(folder / "photos" / f"{n}.png", n)
     (folder / "photos" / "damaged.png").write_bytes(b"no image")
+    make_image(folder / "photos" / "gone.png", 8)
     miniclip.embed_images(folder / "photos", folder / "out", str(folder / "model"), device="cpu", shard_size=3)
+    (folder / "photos" / "gone.png").unlink()
+    miniclip.embed_images(folder / "photos", folder / "out", device="cpu")  # writes which rows are dead
     return folder / "out", answers(folder / "out")
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from miniclip.errors import ConfigError
 from miniclip.parquet import as_parquet, import_pyarrow, read_parquet
 from miniclip.shard_files import write_file
+from miniclip.terminal import escaped
 
 DEAD = "dead.parquet"
 MISSING, CHANGED, LEFT_OUT, TAKEN = "missing", "changed", "left out", "taken"
@@ -50,7 +51,7 @@ def read_dead_rows(folder: Path) -> dict[Row, Death]:
     except FileNotFoundError:
         return {}
     except (OSError, KeyError, TypeError, ValueError, import_pyarrow().ArrowException) as error:
-        raise ConfigError(f"{path} is damaged ({error}): remove the file and embed again") from None
+        raise ConfigError(f"{path} is damaged ({escaped(str(error))}): remove the file and embed again") from None
     return {(shard, row): Death(*rest) for shard, row, *rest in zip(shards, rows, reasons, by)}
 
 

@@ -6,6 +6,7 @@ The functions take and return parsed JSON. ``checkpoint.py`` and ``saving.py`` r
 from __future__ import annotations
 
 import re
+import reprlib
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -104,7 +105,7 @@ def config_from_dict(document: Mapping[str, Any]) -> CLIPConfig:
         ConfigError: for another kind of model, or for a value that miniclip cannot follow. The message names the field.
     """
     if (model_type := document.get("model_type", "clip")) != "clip":
-        raise ConfigError(f"model_type is {model_type!r}, miniclip loads 'clip'")
+        raise ConfigError(f"model_type is {reprlib.repr(model_type)}, miniclip loads 'clip'")
     vision, text = (_tower_section(document, name) for name in ("vision_config", "text_config"))
     if (channels := vision.read("num_channels", 3, check_size)) != 3:
         raise ConfigError(f"vision_config.num_channels is {channels}, miniclip's images have 3")
@@ -210,14 +211,14 @@ def preprocess_from_dict(document: Mapping[str, Any]) -> Preprocess:
             raise ConfigError(f"{step} is off, but CLIP's preprocessing needs it")
     factor = document.get("rescale_factor", 1 / 255)
     if not isinstance(factor, (int, float)) or not abs(factor * 255 - 1) < 1e-6:
-        raise ConfigError(f"rescale_factor must be 1/255, got {factor!r}")
+        raise ConfigError(f"rescale_factor must be 1/255, got {reprlib.repr(factor)}")
     size, crop = document.get("size", 224), document.get("crop_size", 224)
     shortest_edge = size.get("shortest_edge") if isinstance(size, Mapping) else size
     if not is_side(shortest_edge) or (isinstance(size, Mapping) and size.get("longest_edge")):
-        raise ConfigError(f"size must be a shortest_edge in pixels and nothing else, got {size!r}")
+        raise ConfigError(f"size must be a shortest_edge in pixels and nothing else, got {reprlib.repr(size)}")
     height, width = (crop.get("height"), crop.get("width")) if isinstance(crop, Mapping) else (crop, crop)
     if not is_side(height) or height != width:
-        raise ConfigError(f"crop_size must be a square in pixels, got {crop!r}")
+        raise ConfigError(f"crop_size must be a square in pixels, got {reprlib.repr(crop)}")
     return Preprocess(
         size=height,
         mean=document.get("image_mean", OPENAI_MEAN),

@@ -159,8 +159,8 @@ def describe_difference(manifest: Mapping[str, Any], settings: Mapping[str, Any]
     name, before, now = difference
     if name == "weights_sha256":
         old, new = manifest.get("model"), settings["model"]
-        return f"model {old!r}, not {new!r}" if old != new else f"other weights of the model {old!r}"
-    return f"{name} {before!r}, not {now!r}"
+        return f"model {old!r:.300}, not {new!r:.300}" if old != new else f"other weights of the model {old!r:.300}"
+    return f"{name} {before!r:.300}, not {now!r:.300}"
 
 
 def first_difference(manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[str, Any, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -76,7 +77,7 @@ def preprocess_from_dict(document: Mapping[str, Any], size: int) -> Preprocess:
     """
     values = {key: value for key, value in document.items() if value is not None}  # null means the default
     if (mode := values.get("resize_mode", "shortest")) != "shortest":
-        raise ConfigError(f"resize_mode must be 'shortest', got {mode!r}")
+        raise ConfigError(f"resize_mode must be 'shortest', got {reprlib.repr(mode)}")
     return Preprocess(
         size=size,
         mean=values.get("mean", OPENAI_MEAN),

@@ -62,7 +62,9 @@ class Preprocess:
 
     def __post_init__(self) -> None:
         if self.convention not in CONVENTIONS:
-            raise ConfigError(f"unknown convention {self.convention!r}; miniclip knows {' and '.join(CONVENTIONS)}")
+            raise ConfigError(
+                f"unknown convention {reprlib.repr(self.convention)}; miniclip knows {' and '.join(CONVENTIONS)}"
+            )
         for name, side in (("size", self.size), ("shortest_edge", self.short_side)):
             if not is_side(side) or side > _LARGEST_SIDE:
                 raise ConfigError(f"{name} must be from 1 to {_LARGEST_SIDE} pixels, got {reprlib.repr(side)}")
@@ -168,10 +170,10 @@ class Preprocess:
 
 def _check_channels(name: str, values: object) -> tuple[float, float, float]:
     if not isinstance(values, (list, tuple)) or len(values) != 3:
-        raise ConfigError(f"{name} must be three numbers, got {values!r}")
+        raise ConfigError(f"{name} must be three numbers, got {reprlib.repr(values)}")
     # NaN fails this comparison too.
     if not all(isinstance(value, (int, float)) and abs(value) <= _LARGEST_FLOAT32 for value in values):
-        raise ConfigError(f"{name} must be three finite numbers, got {values!r}")
+        raise ConfigError(f"{name} must be three finite numbers, got {reprlib.repr(values)}")
     return (float(values[0]), float(values[1]), float(values[2]))
 
 
@@ -181,4 +183,4 @@ def _check_filter(value: Any) -> Image.Resampling:
         return Image.Resampling[value.upper()] if isinstance(value, str) else Image.Resampling(value)
     except (KeyError, ValueError):
         names = ", ".join(f"{filter.value} ({filter.name.lower()})" for filter in Image.Resampling)
-        raise ConfigError(f"unknown resampling {value!r}; Pillow has {names}") from None
+        raise ConfigError(f"unknown resampling {reprlib.repr(value)}; Pillow has {names}") from None

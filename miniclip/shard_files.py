@@ -24,7 +24,8 @@ import torch
 from miniclip.errors import ConfigError, StorageError
 from miniclip.files import atomic_write
 from miniclip.parquet import as_parquet, import_pyarrow, read_parquet
-from miniclip.sources import ImageSource, printable
+from miniclip.sources import ImageSource, valid_text
+from miniclip.terminal import escaped
 
 SUFFIXES = {"img_emb": "npy", "metadata": "parquet", "listing": "parquet", "failures": "jsonl"}
 _START = 4096  # bytes at the beginning of a file that have a checksum of their own
@@ -83,9 +84,9 @@ class ShardFiles:
     """The files of one shard of a folder.
 
     A shard is planned once its listing exists. A shard is complete once its failures file exists, which is written
-    last. Its first line has the sizes and the checksums of the other files. The size and the beginning of a file are
-    compared whenever a shard is opened, all bytes by ``verify``. A shard without vectors has no vector file and no
-    metadata file, because readers that pair the two may skip an empty file in only one of the folders.
+    last. Its first line has the sizes and checksums of the other files, and the checksum of its other lines. The size
+    and the beginning of a file are compared whenever a shard is opened, all bytes by ``verify``. A shard without
+    vectors has no vector and no metadata file: readers that pair the two may skip an empty file in one folder only.
     """
 
     folder: Path
@@ -132,9 +133,11 @@ class ShardFiles:
             ConfigError: if the failures file is damaged.
         """
         try:
-            lines = self.failures_path.read_text("utf-8").splitlines()[1:]
-            return dict(map(_as_failure, map(json.loads, lines)))
-        except (OSError, ValueError, RecursionError) as error:
+            first, _, rest = self.failures_path.read_bytes().partition(b"\n")
+            if _digest(rest) != json.loads(first)["failures"]:
+                raise ValueError("its checksum has changed")
+            return dict(map(_as_failure, map(json.loads, rest.decode().splitlines())))
+        except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
             raise self._damaged(self.failures_path, error) from None
 
     def read_sums(self) -> dict[str, FileSum]:
@@ -332,11 +335,13 @@ class ShardFiles:
         else:  # an earlier, interrupted run may have written them
             remove_file(self.vectors_path)
             remove_file(self.metadata_path)
-        lines = [json.dumps({"files": {kind: entry._asdict() for kind, entry in sums.items()}}) + "\n"]
+        lines = []
         for row, failure in shard.failures.items():
-            record = {"path": printable(listing[row].name), "error": failure.error, "row": row}
+            record = {"path": valid_text(listing[row].name), "error": failure.error, "row": row}
             lines.append(json.dumps(record | {"retry": True} if failure.retry else record) + "\n")
-        write_file(self.failures_path, "".join(lines).encode())
+        rest = "".join(lines).encode()
+        first = {"files": {kind: entry._asdict() for kind, entry in sums.items()}, "failures": _digest(rest)}
+        write_file(self.failures_path, json.dumps(first).encode() + b"\n" + rest)
 
     def remove(self) -> None:
         """Remove a shard. The failures file goes first, so that what is left does not count as complete.
@@ -383,7 +388,7 @@ def _digest(data: bytes | memoryview) -> str:
 
 
 def _reason(error: Exception | str) -> str:
-    return getattr(error, "strerror", None) or " ".join(str(error).split())
+    return getattr(error, "strerror", None) or escaped(" ".join(str(error).split()))  # pyarrow quotes bytes
 
 
 def write_file(path: Path, data: bytes | memoryview) -> None:
@@ -437,7 +442,7 @@ def _metadata_table(images: Sequence[ImageSource], checksums: Sequence[str]) -> 
     """Every shard has all columns, because readers of many files take the columns of the first file."""
     pa = import_pyarrow()
     columns = {
-        "image_path": [printable(image.name) for image in images],
+        "image_path": [valid_text(image.name) for image in images],
         "key": [image.key for image in images],
         "caption": [image.caption for image in images],
         "checksum": checksums,

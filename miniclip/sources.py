@@ -264,14 +264,14 @@ def _tar_images(path: str) -> list[ImageSource]:
             for member in tar:
                 members[os.path.normpath(member.name)] = member
                 folder, name = os.path.split(member.name)
-                key = printable(os.path.join(folder, name.partition(".")[0]))
+                key = valid_text(os.path.join(folder, name.partition(".")[0]))
                 suffix = os.path.splitext(name)[1].lower()
                 if suffix in SUFFIXES and (member.isfile() or member.islnk() or member.issym()):
-                    images.append((tar_file._replace(member=printable(member.name), key=key), member))
+                    images.append((tar_file._replace(member=valid_text(member.name), key=key), member))
                 elif suffix == ".txt" and member.isfile():
                     if member.issparse() or member.size > _LONGEST_CAPTION:
                         error = f"its caption has {member.size:,} bytes, and at most {_LONGEST_CAPTION:,} are read"
-                        failed.append(tar_file._replace(member=printable(member.name), key=key, error=error))
+                        failed.append(tar_file._replace(member=valid_text(member.name), key=key, error=error))
                     elif text := tar.extractfile(member):
                         captions[key] = text.read().decode("utf-8", errors="replace")
             _check_tar_end(tar)
@@ -299,7 +299,7 @@ def _locate_in_tar(image: ImageSource, member: tarfile.TarInfo, members: dict[st
         # The target of a hard link is relative to the top of the tar, that of a symbolic link to the link's folder.
         target = link if member.islnk() else os.path.join(os.path.dirname(member.name), link)
         if (found := members.get(os.path.normpath(target))) is None:
-            return image._replace(error=f"is a link to {printable(link)}, which is not in the tar")
+            return image._replace(error=f"is a link to {valid_text(link)}, which is not in the tar")
         member = found
     if not member.isreg() or member.issparse():
         return image._replace(error="is not stored as a plain file in the tar")
@@ -323,6 +323,6 @@ def _check_tar_end(tar: tarfile.TarFile) -> None:
         raise tarfile.ReadError("it has a damaged header")
 
 
-def printable(text: str) -> str:
+def valid_text(text: str) -> str:
     """A file name as valid text: bytes that are not UTF-8 become ``\\xNN``."""
     return os.fsencode(text).decode("utf-8", errors="backslashreplace")

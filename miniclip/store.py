@@ -24,7 +24,7 @@ from miniclip.errors import ConfigError, StorageError
 from miniclip.manifest import MANIFEST, describe_difference, encode_manifest, read_manifest
 from miniclip.parquet import import_pyarrow
 from miniclip.shard_files import SUFFIXES, Failure, ShardFiles, remove_file, write_file
-from miniclip.sources import ImageSource, printable
+from miniclip.sources import ImageSource, valid_text
 
 _FAILURES = "failures.jsonl"
 _TEMPORARY = re.compile(
@@ -190,7 +190,7 @@ class EmbeddingStore:
                 total += count - len(gone.keys() - failures.keys())
         last = self._last_shards([image for _, image, _ in failed])
         lines = [
-            json.dumps({"path": printable(image.name), "error": failure.error}) + "\n"
+            json.dumps({"path": valid_text(image.name), "error": failure.error}) + "\n"
             for shard, image, failure in failed
             if last[image.path, image.member] == shard
         ]
