@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +21,14 @@ class Checked:
         vectors: their vectors, as far as they could be counted.
         pending: shards that a run has planned and not completed.
         damaged: for each file that is damaged, what is wrong and how to make the file again.
+        notices: what is not damage, but makes searches slower than they could be.
     """
 
     shards: int
     vectors: int
     pending: int
     damaged: list[str]
+    notices: list[str]
 
 
 def check_folder(folder: Path, progress: Callable[[int, int], object] = lambda done, total: None) -> Checked:
@@ -49,18 +51,17 @@ def check_folder(folder: Path, progress: Callable[[int, int], object] = lambda d
         except ConfigError as error:
             damaged.append(str(error))
         progress(done, len(complete))
-    for part in (store.dead_rows, lambda: _check_inverted_file(folder)) if not damaged else (store.dead_rows,):
+    notices: list[str] = []
+    for part in (store.dead_rows, lambda: notices.extend(_notices(folder))) if not damaged else (store.dead_rows,):
         try:
             part()
         except ConfigError as error:
             damaged.append(str(error))
-    return Checked(len(complete), vectors, len(store.pending()), damaged)
+    return Checked(len(complete), vectors, len(store.pending()), damaged, notices)
 
 
-def _check_inverted_file(folder: Path) -> None:
-    """Raises ConfigError if the folder has an inverted file that does not belong to its vectors."""
+def _notices(folder: Path) -> Iterator[str]:
+    """What is to be said of an inverted file that does not belong to the vectors, as in a copy with other times."""
     record = read_record(folder)
-    if record is not None and (foreign := first_foreign(record, Index.open(folder).shard_times())) is not None:
-        raise ConfigError(
-            f"the inverted file does not belong to the vectors of shard {foreign}: run miniclip index {folder} again"
-        )
+    if record is not None and first_foreign(record, Index.open(folder).shard_times()) is not None:
+        yield f"searches are exact, because the inverted file is of other vectors or times: run miniclip index {folder}"

@@ -48,7 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # A file name need not be valid text, and the encoding of a pipe need not have every letter of a label.
             utf8 = stream.encoding.lower().replace("-", "") == "utf8"
             stream.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    for name in ("source", "out", "folder", "model", "image", "html"):
+        if "" in (value if isinstance(value := getattr(options, name, None), list) else [value]):
+            parser.error(f"the {name} is an empty text: is a variable not set?")
     status = 0
     try:
         status = options.run(options)
@@ -56,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         return status
     except MiniclipError as error:
-        _print_error(str(error))
+        _print_error(str(error).replace("pass truncate=True", "add --truncate"))
         return 1
     except KeyboardInterrupt:
         _print_error("interrupted")
@@ -325,6 +329,10 @@ def _embed(options: argparse.Namespace) -> int:
 
 
 def _search(options: argparse.Namespace) -> int:
+    if not all(text.strip() for text in (*options.text, *options.without)):
+        raise InputError("a text to search for is empty: is a variable not set?")
+    if options.html and not Path(options.html).absolute().parent.is_dir():
+        raise InputError(f"{options.html} cannot be written: its folder does not exist")
     index = Index.open(options.folder, options.model)
     image = open_image(options.image) if options.image else None
     threads = torch.get_num_threads()
@@ -338,6 +346,8 @@ def _search(options: argparse.Namespace) -> int:
     matches = index.nearest(query, options.k, min_score=options.min_score, missing=options.missing, exact=options.exact)
     if index.notice and not options.exact:
         _print_error(index.notice)
+    if not matches and options.min_score is not None:
+        _print_error(f"no image reaches --min-score {options.min_score:g}")
     if options.html:
         text = page(index, matches, _title(options))
         try:

@@ -74,9 +74,11 @@ def decode(source: ImageSource, preprocess: Preprocess, min_side: int | None, ma
         return Failure(source.error)
     now = stat_image(source.path)
     if now.error is not None:
-        return Failure(now.error)
-    if now.size != -1 and now.stat != source.stat:  # the next run lists the new file, which would then be there twice
-        return Failure("has changed since it was listed: run the same command again to embed the new file")
+        return Failure(now.error, retry=source.size != -1)
+    if now.size != -1 and now.stat != source.stat:
+        # The next run lists the new file, which would then be there twice. The old one may be put back.
+        text = "has changed since it was listed: run the same command again to embed the new file"
+        return Failure(text, retry=source.size != -1)
     try:
         with source.open() as file:
             values = preprocess.to_pixels(decode_image(file, source.name, min_side, max_bytes))
@@ -85,8 +87,9 @@ def decode(source: ImageSource, preprocess: Preprocess, min_side: int | None, ma
         return Failure(error.reason, retry=source.size != -1 and is_storage_error(error.__cause__))
     except Exception as error:  # whatever one image provokes must not end a run of millions
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        text = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({reason})"
-        return Failure(text, retry=source.size != -1 and is_storage_error(error))
+        if isinstance(error, FileNotFoundError):
+            return Failure("no such file", retry=source.size != -1)
+        return Failure(f"cannot be read ({reason})", retry=source.size != -1 and is_storage_error(error))
 
 
 def is_storage_error(error: BaseException | None) -> bool:

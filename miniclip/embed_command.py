@@ -30,7 +30,9 @@ def print_summary(options: argparse.Namespace, done: Summary, print_error: Calla
         if done.skipped:
             print(f"no images by their names: {escaped(describe_suffixes(Counter(done.skipped)))}")
         if done.excluded:
-            print(f"files and folders that were left out: {done.excluded:,} (--no-default-excludes takes them)")
+            reasons = ["--exclude"] if options.exclude else []
+            reasons += ["the defaults, which --no-default-excludes switches off"] if options.default_excludes else []
+            print(f"files and folders that were left out: {done.excluded:,} (by {' and by '.join(reasons)})")
         if done.links:
             print(f"linked folders that were not followed: {done.links:,} (--follow-links follows them)")
     if done.failed:

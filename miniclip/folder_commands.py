@@ -45,7 +45,7 @@ def _index(options: argparse.Namespace) -> int:
     folder = printable(options.folder)
     done = build_inverted_file(options.folder, options.model, lambda text: print(f"{folder}: {text}", flush=True))
     if done is None:
-        print(f"{folder}: fewer than {LEAST:,} vectors, so exact search is fast enough and nothing was built")
+        print(f"{folder}: fewer than {LEAST:,} vectors, so exact search is fast enough, and no inverted file is there")
         return 0
     found = ", ".join(f"{share:.1%} for {kind}" for kind, share in done.recall.items())
     print(
@@ -74,6 +74,8 @@ def _check(options: argparse.Namespace) -> int:
         print(escaped(text), flush=True)
     if done.pending:
         print(f"{folder}: {_shards(done.pending)} planned and not embedded: run the same embed command again")
+    for text in done.notices:
+        print(f"{folder}: {escaped(text)}")
     state = f"{len(done.damaged):,} damaged" if done.damaged else "every file is whole"
     print(f"{folder}: {_shards(done.shards)}, {done.vectors:,} vectors: {state}")
     return 1 if done.damaged else 0

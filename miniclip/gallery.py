@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from miniclip.errors import ImageError, InputError
+from miniclip.errors import ImageError, InputError, TextTooLongError
 from miniclip.html_page import THUMBNAIL, thumbnail
 from miniclip.images import decode_image
 from miniclip.live_index import LiveIndex, View
@@ -75,7 +75,10 @@ class Gallery:
             if query.row is not None:
                 view.check(query.generation)
                 start = view.index.vector(query.row)
-            vector = view.index.encode_query(query.texts, query.image, without=query.without, start=start)
+            try:
+                vector = view.index.encode_query(query.texts, query.image, without=query.without, start=start)
+            except TextTooLongError as error:  # its advice, to pass truncate=True, does not apply here
+                raise InputError(f"{str(error).partition(';')[0]}: use fewer words") from None
             return view.generation, view.index.nearest(vector, query.start + query.length)[query.start :]
 
         with self._turn:

@@ -99,6 +99,10 @@ def build_inverted_file(
     with store.lock():
         index = Index.open(folder, model)
         if len(index) < LEAST:
+            if record_path(store.folder).exists():
+                say(f"removing an inverted file, because {len(index):,} vectors need none")
+                remove_file(record_path(store.folder))
+                _remove_leftovers(store.folder, None)
             return None
         words = _encode_words(index)
         record = _usable_record(store.folder, index, say)

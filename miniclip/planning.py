@@ -58,9 +58,14 @@ def plan(store: EmbeddingStore, found: Listing, shard_size: int) -> None:
     """
     _finish_removals(store)
     complete = {-1, *(shard.number for shard in store.complete())}
+    current = {image.identity for image in found.images}
     for shard in reversed(store.pending()):
-        if any(image.taken_shard not in complete for image in shard.read_listing()):
-            shard.remove_plan()  # what it should copy has to be computed again
+        # What a shard should copy has to be computed again, or an interrupted run planned files that have changed.
+        if any(
+            image.taken_shard not in complete or (image.identity not in current and found.covers(image))
+            for image in shard.read_listing()
+        ):
+            shard.remove_plan()
     known = _known_images(store)
     new = [image for image in found.images if image.identity not in known]
     dead = _deaths(store, found)

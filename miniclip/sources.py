@@ -25,6 +25,7 @@ _MAX_INT64 = 2**63 - 1
 # What a tar may make a program read into memory. Its headers declare sizes, and a sparse member has no bytes at all.
 _LONGEST_HEADER = 2**20
 _LONGEST_CAPTION = 2**16
+_LONGEST_LINE = 2**16  # bytes; the paths of Linux end at 4,096
 _LARGEST_IMAGE = 2**30
 
 # How compressed files begin.
@@ -207,12 +208,16 @@ def _without_images(listing: Listing) -> str:
 
 
 def _read_list(path: Path) -> Iterator[ImageSource]:
-    text = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    if b"\0" in text:
-        raise InputError(f"{path} is not a folder, not a .tar, and not a text file of paths")
-    for line in text.splitlines():
-        if line.strip():
-            yield from _expand(_resolve_list_line(line))
+    """The images of a text file, read line by line: a film that is given by mistake may be larger than the memory."""
+    with path.open("rb") as file:
+        first = True
+        while line := file.readline(_LONGEST_LINE + 1):
+            if b"\0" in line or len(line) > _LONGEST_LINE:
+                raise InputError(f"{path} is not a folder, not a .tar, and not a text file of paths")
+            for part in (line.removeprefix(codecs.BOM_UTF8) if first else line).splitlines():
+                if part.strip():
+                    yield from _expand(_resolve_list_line(part))
+            first = False
 
 
 def _resolve_list_line(line: bytes) -> str:

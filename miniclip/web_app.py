@@ -15,6 +15,7 @@ from urllib.parse import parse_qs
 from PIL import Image
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -107,6 +108,8 @@ async def _failed(request: Request, error: Exception) -> Response:
         return _error(400, "the request ended early")
     if isinstance(error, StaleRowError):
         return _error(410, str(error))
+    if isinstance(error, HTTPException):  # an unknown address, or another method
+        return _error(error.status_code, error.detail)
     of_image = isinstance(error, ImageError | InputError) and not request.url.path.startswith("/api/")
     return _error(404 if of_image else 400, str(error))
 
@@ -135,7 +138,7 @@ def make_app(gallery: Gallery, hosts: frozenset[str] | None = LOOPBACK, token: s
         Route("/thumbnail/{generation}/{row}", addresses.image),
         Route("/image/{generation}/{row}", addresses.image),
     ]
-    handlers: Any = {MiniclipError: _failed, ClientDisconnect: _failed}
+    handlers: Any = {MiniclipError: _failed, ClientDisconnect: _failed, HTTPException: _failed}
     return Guard(Starlette(routes=routes, exception_handlers=handlers), hosts, token)
 
 

@@ -21,6 +21,7 @@ from test_search import make_index
 
 import miniclip
 from miniclip import cli, inverted_build, inverted_file, planning
+from miniclip.check import check_folder
 from miniclip.dead_rows import CHANGED, MISSING, Death, write_dead_rows
 from miniclip.inverted_build import build_inverted_file, lowest_scores
 from miniclip.inverted_file import FOLDER, read_record
@@ -278,6 +279,33 @@ def test_shards_that_complete_out_of_order_are_found_under_their_rows(
             assert found(index, vectors[number].float())[0][0] == 4000 + number
         use(index)
         build_inverted_file(folder)  # now with shard 8, behind shard 9
+
+
+def test_a_folder_that_has_become_small_loses_its_inverted_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(inverted_build, "LEAST", 5000)
+    said: list[str] = []
+    assert build_inverted_file(folder, say=said.append) is None
+    assert said == ["removing an inverted file, because 4,000 vectors need none"]
+    assert not [*(folder / FOLDER).iterdir()]
+    assert miniclip.Index.open(folder).notice is None
+    said.clear()
+    assert build_inverted_file(folder, say=said.append) is None
+    assert said == []
+
+
+def test_a_copy_with_other_times_is_whole(folder: Path, encoded: tuple[torch.Tensor, ...]) -> None:
+    """miniclip check says how searches get fast again, and reports no damage."""
+    assert check_folder(folder).notices == []
+    for path in (folder / "img_emb").iterdir():
+        os.utime(path, (10**9, 10**9))
+    checked = check_folder(folder)
+    assert checked.damaged == []
+    assert len(checked.notices) == 1
+    assert f"run miniclip index {folder}" in checked.notices[0]
+    build_inverted_file(folder)
+    assert check_folder(folder).notices == []
 
 
 def test_a_folder_four_times_as_large_gets_new_centroids(folder: Path, encoded: tuple[torch.Tensor, ...]) -> None:

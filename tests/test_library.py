@@ -80,6 +80,56 @@ def library(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Libr
 ALL = {f"{n}.png" for n in range(8)}
 
 
+def restored(path: Path, kept: tuple[bytes, os.stat_result]) -> None:
+    path.write_bytes(kept[0])
+    os.utime(path, ns=(kept[1].st_atime_ns, kept[1].st_mtime_ns))
+
+
+def test_a_file_that_changes_during_a_run_and_is_put_back_is_embedded(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_image(photo := library.photos / "new.png", 20)
+    kept = photo.read_bytes(), photo.stat()
+    decode = embed.decode
+
+    def late(source: ImageSource, *arguments: object) -> embed.Decoded:
+        if source.path == str(photo):
+            make_image(photo, 21)
+        return decode(source, *arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embed, "decode", late)
+        assert library.embed().failed == 1
+    restored(photo, kept)
+    assert (library.embed().embedded, library.decoded) == (1, ["new.png"])
+    assert library.found() == dict.fromkeys({*ALL, "new.png"}, False)
+
+
+def test_what_an_interrupted_run_planned_and_has_changed_is_planned_anew(library: Library) -> None:
+    """The old content is put back afterwards, with its time, as from a backup."""
+    for n in range(4):
+        make_image(library.photos / f"new{n}.png", 20 + n)
+    photo = library.photos / "new1.png"
+    kept = photo.read_bytes(), photo.stat()
+    planning.plan(EmbeddingStore(library.out), list_images([library.photos]), 3)  # and the run is killed
+    make_image(photo, 30)
+    done = library.embed()
+    assert (done.embedded, done.failed) == (4, 0)
+    assert (library.out / "failures.jsonl").read_text() == ""
+    changed = library.vector("new1.png")
+    restored(photo, kept)
+    assert (library.embed().embedded, library.decoded) == (1, ["new1.png"])
+    assert not np.array_equal(library.vector("new1.png"), changed)
+
+
+def test_plans_of_sources_that_a_run_does_not_list_stay(library: Library, tmp_path: Path) -> None:
+    make_image(library.photos / "new.png", 20)
+    make_image(tmp_path / "other" / "1.png", 21)
+    planning.plan(EmbeddingStore(library.out), list_images([library.photos]), 3)
+    assert library.embed(tmp_path / "other").embedded == 2
+    assert "new.png" in library.found()
+
+
 def test_a_deleted_image_is_missing_and_comes_back_without_being_embedded(library: Library) -> None:
     kept = (library.photos / "3.png").read_bytes(), (library.photos / "3.png").stat()
     (library.photos / "3.png").unlink()

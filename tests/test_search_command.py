@@ -90,7 +90,7 @@ def test_long_texts_are_cut_only_if_asked(library: Path, capsys: pytest.CaptureF
     long = "cat " * 100
     assert main(["search", str(library / "vectors"), long]) == 1
     said = capsys.readouterr().err
-    assert "77" in said
+    assert "the context holds 77; add --truncate" in said
     assert search(capsys, library / "vectors", long, "--truncate", "-k", 1) == search(
         capsys, library / "vectors", "cat " * 75, "-k", 1
     )
@@ -102,7 +102,32 @@ def test_a_lowest_score(library: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert search(capsys, library / "vectors", "cat", "-k", 13, "--min-score", limit) == [
         row for row in everything if row[1] >= limit
     ]
-    assert search(capsys, library / "vectors", "cat", "--min-score", 2) == []
+    assert main(["search", str(library / "vectors"), "cat", "--min-score", "2"]) == 0
+    answer = capsys.readouterr()
+    assert answer.out == ""
+    assert "no image reaches --min-score 2" in answer.err
+
+
+def test_empty_texts_and_names_are_told(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of a variable that is not set. An empty name would be the current folder."""
+    monkeypatch.chdir(tmp_path)
+    for arguments in ([""], ["cat", " "], ["cat", "--not", ""]):
+        assert main(["search", str(library / "vectors"), *arguments]) == 1
+        assert "a text to search for is empty" in capsys.readouterr().err
+    for command in (
+        ["search", "", "cat"],
+        ["search", str(library / "vectors"), "cat", "--html", ""],
+        ["embed", str(library / "photos"), "--out", ""],
+        ["embed", str(library / "photos"), "", "--out", "out"],
+        ["prune", ""],
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(command)
+        assert stopped.value.code == 2
+        assert "is an empty text: is a variable not set?" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_query_that_is_none_is_one_sentence(library: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,7 +231,7 @@ def test_a_page_that_cannot_be_written_is_one_sentence(
     library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
-    for place in (tmp_path / "file" / "page.html", tmp_path):
+    for place in (tmp_path / "file" / "page.html", tmp_path / "nowhere" / "page.html", tmp_path):
         assert main(["search", str(library / "vectors"), "cat", "--html", str(place)]) == 1
         assert f"{place} cannot be written" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
@@ -253,8 +278,20 @@ def test_the_summary_names_what_was_skipped(tmp_path: Path, capsys: pytest.Captu
     out = capsys.readouterr().out
     assert "3 images embedded" in out
     assert "no images by their names: 2 .mov, 1 .txt, 1 without a suffix" in out
-    assert "left out: 1 (--no-default-excludes takes them)" in out
+    assert "left out: 1 (by the defaults, which --no-default-excludes switches off)" in out
     assert "not followed: 1 (--follow-links follows them)" in out
+
+
+def test_the_summary_says_what_left_files_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for n in range(3):
+        make_image(tmp_path / "photos" / f"{n}.png", n)
+    command = ["embed", str(tmp_path / "photos"), "--out", str(tmp_path / "v"), "--model", "demo", "--exclude", "1.png"]
+    for options, said in (
+        ([], "left out: 1 (by --exclude and by the defaults, which --no-default-excludes switches off)"),
+        (["--no-default-excludes"], "left out: 1 (by --exclude)"),
+    ):
+        assert main([*command, *options]) == 0
+        assert said in capsys.readouterr().out
 
 
 def test_a_settings_conflict_names_models(

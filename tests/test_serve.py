@@ -196,7 +196,7 @@ def test_only_rows_are_served(address: str, client: Any) -> None:
         ({"text": "a", "count": "100000"}, "count must be a number from 1 to 200"),
         ({"text": "a", "offset": "-1"}, "offset must be a number"),
         ({"text": ["a"] * 20}, "at most 16 texts"),
-        ({"text": "word " * 200}, "77"),
+        ({"text": "word " * 200}, "the context holds 77: use fewer words"),
         ({"text": "a cat", "not": "a cat"}, "cancels itself out"),
     ],
 )
@@ -204,6 +204,12 @@ def test_wrong_queries_get_one_sentence(parameters: dict[str, Any], said: str, c
     answer = client.get("/api/search", params=parameters)
     assert answer.status_code == 400
     assert said in answer.json()["error"]
+
+
+def test_unknown_addresses_and_other_methods_get_one_sentence(client: Any) -> None:
+    for answer, status in ((client.get("/nowhere"), 404), (client.put("/api/search"), 405)):
+        assert answer.status_code == status
+        assert answer.json()["error"] in ("Not Found", "Method Not Allowed")
 
 
 def test_uploads_are_bounded(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from helpers import make_image
 
 import miniclip
 from miniclip import sources
+from miniclip.sources import list_images
 
 
 @pytest.fixture
@@ -163,6 +164,19 @@ def test_sources_without_images_are_refused(photos: Path, tiny: Path, tmp_path: 
         with pytest.raises(miniclip.InputError, match=reason):
             miniclip.embed_images(tmp_path / source, tmp_path / "never", str(tiny))
     assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize("begin", [b"\0\0\0\x18ftypmp42", b"x" * 70_000, b"a.png\n" + b"y" * 70_000])
+def test_a_large_file_that_is_no_list_of_paths_is_not_read_whole(begin: bytes, tmp_path: Path) -> None:
+    with (tmp_path / "film.mp4").open("wb") as film:
+        film.write(begin)
+        film.truncate(2**31)
+    tracemalloc.start()
+    with pytest.raises(miniclip.InputError, match=r"film\.mp4 is not a folder, not a \.tar, and not a text file"):
+        list_images([tmp_path / "film.mp4"])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2e6
 
 
 def test_file_names_need_not_be_text(tiny: Path, tmp_path: Path) -> None:
