@@ -416,6 +416,9 @@ def good_folder() -> tuple[Path, tuple[Any, ...]]:
     return folder / "out", answers(folder / "out")
 
 
+EXPECTED = "expected.json"
+
+
 def answers(out: Path) -> tuple[Any, ...]:
     index = miniclip.Index.open(out)
     query = torch.randn(index.dimension, generator=torch.Generator().manual_seed(0))
@@ -423,7 +426,11 @@ def answers(out: Path) -> tuple[Any, ...]:
 
 
 def make_folder(choose: random.Random) -> bytes:
-    folder, _ = good_folder()
+    """A tar of a whole folder with one damaged file, and what a search found before the damage.
+
+    Files of one run belong together by their checksums, so a damaged file alone could not be judged later.
+    """
+    folder, expected = good_folder()
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
     path = choose.choice(files)
     content = path.read_bytes()
@@ -431,33 +438,52 @@ def make_folder(choose: random.Random) -> bytes:
         content = choose.choice(files).read_bytes()  # another file in its place
     elif path.suffix == ".json" and choose.random() < 0.7:
         content = damaged_json(content, choose)
-    elif path.suffix == ".jsonl" and choose.random() < 0.7:
+    elif path.suffix == ".jsonl" and content and choose.random() < 0.7:
         lines = content.splitlines()
         line = choose.randrange(len(lines))
         lines[line] = damaged_json(lines[line], choose)
         content = b"\n".join(lines) + b"\n"
     else:
         content = damaged(content, choose)
-    return str(path.relative_to(folder)).encode() + b"\n" + content
+    contents = {str(each.relative_to(folder)): each.read_bytes() for each in files} | {EXPECTED: json.dumps(expected)}
+    contents[str(path.relative_to(folder))] = content
+    return as_tar(contents)
 
 
 def judge_folder(data: bytes, place: Path) -> str:
     """A search finds what it found before, or refuses, or miniclip check names the damage. embed mends or refuses."""
-    good, expected = good_folder()
     shutil.rmtree(place)
-    shutil.copytree(good, place)
-    for name, content in named(data).items():
-        (place / name).write_bytes(content)
+    place.mkdir()
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        tar.extractall(place, filter="data")
+    expected = json.loads((place / EXPECTED).read_bytes())
+    (place / EXPECTED).unlink()
     try:
-        outcome = "the same answers" if answers(place) == expected else ""
+        found = answers(place)
+        paths, scores = zip(*expected)
+        same = [path for path, _ in found] == [*paths]
+        outcome = "the same answers" if same and np.allclose([score for _, score in found], scores, atol=1e-6) else ""
     except miniclip.MiniclipError as error:
         outcome = REFUSED
         require(str(error).isprintable(), f"a message of several lines: {str(error)[:300]!r}")
     if not outcome:
         require(bool(check_folder(place).damaged), "a search has other answers, and miniclip check finds no damage")
         outcome = "found by miniclip check"
-    miniclip.embed_images(good.parent / "photos", place, device="cpu")
+    photos = good_folder()[0].parent / "photos"
+    miniclip.embed_images(photos, place, device="cpu")
     return outcome
+
+
+def as_tar(contents: dict[str, Any]) -> bytes:
+    """The files in a compressed tar, with no times."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:xz") as tar:
+        for name, data in contents.items():
+            data = data.encode() if isinstance(data, str) else data
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return file.getvalue()
 
 
 ATTACKS = {

@@ -28,14 +28,14 @@ def images_of(arguments: Sequence[str]) -> list[str]:
     """
     images = []
     for argument in arguments:
-        if re.match(r"(https?|ftp|file|data|s3|gs)://|data:", argument):
+        if re.match(r"(https?|ftp|file|data|s3|gs)://|data:", argument, re.IGNORECASE):
             raise InputError(f"{argument:.80} is a URL: download the image, and give its file")
         if os.path.isdir(argument):
             files = Walk(os.path.abspath(argument), DEFAULT_RULES)
             found = sorted(
                 os.path.join(argument, os.path.relpath(path, argument))
                 for path in files
-                if os.path.splitext(path)[1].lower() in SUFFIXES
+                if os.path.splitext(path)[1].lower() in SUFFIXES and not _waits_for_a_writer(path)
             )
             if not found:
                 raise InputError(f"the folder {argument} contains no images")
@@ -47,6 +47,11 @@ def images_of(arguments: Sequence[str]) -> list[str]:
         else:
             images.append(argument)
     return images
+
+
+def _waits_for_a_writer(path: str) -> bool:
+    """Whether a file in a folder is a pipe, for example. As an argument of its own, a pipe is wanted."""
+    return os.path.exists(path) and not os.path.isfile(path)
 
 
 def labels_of(labels: Sequence[str], file: str | None) -> list[str]:
@@ -61,6 +66,8 @@ def labels_of(labels: Sequence[str], file: str | None) -> list[str]:
             raise InputError("standard input is closed: give --labels-file a file")
         try:
             text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{file} is not UTF-8 text (byte {error.start}): save the file as UTF-8") from None
         except (OSError, ValueError) as error:
             raise InputError(f"{file} cannot be read ({getattr(error, 'strerror', None) or error})") from None
         labels += [line.strip() for line in text.splitlines() if line.strip()]

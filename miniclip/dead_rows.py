@@ -6,7 +6,9 @@ again when a later run does. ``miniclip prune`` removes the dead rows.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +20,9 @@ from miniclip.terminal import escaped
 DEAD = "dead.parquet"
 MISSING, CHANGED, LEFT_OUT, TAKEN = "missing", "changed", "left out", "taken"
 DEATHS = frozenset({MISSING, CHANGED, LEFT_OUT, TAKEN})
+
+_COLUMNS = ["shard", "row", "reason", "by"]
+_CHECKSUM = b"checksum"  # in the metadata of the table: of its columns as JSON
 
 Row = tuple[int, int]  # the number of a shard, and a row of its listing
 
@@ -45,7 +50,9 @@ def read_dead_rows(folder: Path) -> dict[Row, Death]:
     path = folder / DEAD
     try:
         table = read_parquet(path.read_bytes())
-        shards, rows, reasons, by = (table.column(name).to_pylist() for name in ("shard", "row", "reason", "by"))
+        shards, rows, reasons, by = columns = [table.column(name).to_pylist() for name in _COLUMNS]
+        if (table.schema.metadata or {}).get(_CHECKSUM) != _checksum(columns):
+            raise ValueError("its checksum has changed")
         if not DEATHS.issuperset(reasons) or not all(type(n) is int for column in (shards, rows, by) for n in column):
             raise ValueError("it has an unknown reason or a row without a number")
     except FileNotFoundError:
@@ -66,7 +73,12 @@ def write_dead_rows(folder: Path, dead: Mapping[Row, Death]) -> None:
     columns = list(zip(*rows)) or [(), (), (), ()]
     types = (pa.int64(), pa.int64(), pa.string(), pa.int64())
     arrays = [pa.array(column, kind) for column, kind in zip(columns, types)]
-    write_file(folder / DEAD, as_parquet(pa.table(arrays, names=["shard", "row", "reason", "by"])))
+    table = pa.table(arrays, names=_COLUMNS, metadata={_CHECKSUM: _checksum(columns)})
+    write_file(folder / DEAD, as_parquet(table))
+
+
+def _checksum(columns: Sequence[Sequence[object]]) -> bytes:
+    return hashlib.blake2b(json.dumps([*map(list, columns)]).encode(), digest_size=16).hexdigest().encode()
 
 
 def settled(death: Death | None, shards: Collection[int]) -> Death | None:

@@ -26,7 +26,7 @@ def print_summary(options: argparse.Namespace, done: Summary, print_error: Calla
     if not options.quiet:
         rate = f" in {_duration(done.seconds)}" if done.embedded else ""
         taken = f", {done.taken:,} known under another name or time" if done.taken else ""
-        print(f"{printable(options.out)}: {done.embedded:,} images embedded{rate}{taken}, {done.total:,} in all")
+        print(f"{printable(options.out)}: {_images(done.embedded)} embedded{rate}{taken}, {done.total:,} in all")
         if done.skipped:
             print(f"no images by their names: {escaped(describe_suffixes(Counter(done.skipped)))}")
         if done.excluded:
@@ -94,6 +94,10 @@ class ProgressPrinter:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def _images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count:,} images"
 
 
 def _duration(seconds: float) -> str:

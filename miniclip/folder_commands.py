@@ -37,6 +37,11 @@ def add_folder_commands(commands: Any) -> None:
         action="store_true",
         help="also those of images whose file is there, but which the last run left out (--exclude, --follow-links)",
     )
+    parser.add_argument(
+        "--gone",
+        action="store_true",
+        help="also look for every file: an image of a source that was deleted is missing, though no run can say so",
+    )
     parser.add_argument("folder", metavar="DIR", help="the folder of the vectors")
     parser.set_defaults(run=_prune)
 
@@ -56,7 +61,7 @@ def _index(options: argparse.Namespace) -> int:
 
 
 def _prune(options: argparse.Namespace) -> int:
-    done = prune(EmbeddingStore(Path(options.folder)), options.left_out)
+    done = prune(EmbeddingStore(Path(options.folder)), options.left_out, options.gone)
     left_out = f" and {done.left_out:,} left out" if options.left_out else ""
     print(
         f"{printable(options.folder)}: {done.missing:,} missing, {done.changed:,} changed{left_out} images removed, "

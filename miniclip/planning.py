@@ -244,7 +244,7 @@ class Pruned:
     left: int
 
 
-def prune(store: EmbeddingStore, left_out: bool = False) -> Pruned:
+def prune(store: EmbeddingStore, left_out: bool = False, gone: bool = False) -> Pruned:
     """Remove the dead rows: the other rows of each shard that has dead ones are copied into new shards.
 
     A missing image is spared if its file is there again, or if nothing is left where it lay but an empty folder: a disk
@@ -253,6 +253,8 @@ def prune(store: EmbeddingStore, left_out: bool = False) -> Pruned:
     Args:
         store: the folder.
         left_out: whether to remove images that runs leave out too, though their files are there.
+        gone: whether to look for every image, and to remove those that are missing though no run has said so. A run
+            cannot list a source that was deleted.
 
     Raises:
         ConfigError: if the folder has no manifest, a file of a shard is damaged, or another run is writing to it.
@@ -269,6 +271,8 @@ def prune(store: EmbeddingStore, left_out: bool = False) -> Pruned:
         before = ((row, settled(death, numbers)) for row, death in read_dead_rows(store.folder).items())
         dead = {row: death for row, death in before if row[0] in numbers and death is not None}
         counts: Counter[str] = Counter()
+        if gone:
+            _look_for_all(store, dead)
         replaced, copied = _rows_to_copy(store, dead, counts, left_out)
         if replaced:
             _copy_rows(store, dead, copied)
@@ -277,6 +281,14 @@ def prune(store: EmbeddingStore, left_out: bool = False) -> Pruned:
             _forget_removed(store)
         left = store.write_failure_summary()
         return Pruned(counts[MISSING], counts[CHANGED], counts[LEFT_OUT], counts[_SPARED], left)
+
+
+def _look_for_all(store: EmbeddingStore, dead: dict[Row, Death]) -> None:
+    """Add the rows whose files are missing."""
+    for shard in store.complete():
+        for row, image in enumerate(shard.read_listing()):
+            if (shard.number, row) not in dead and is_gone(image.path):
+                dead[shard.number, row] = Death(MISSING)
 
 
 def _rows_to_copy(
@@ -304,11 +316,16 @@ def _is_spared(image: ImageSource, death: Death, left_out: bool) -> bool:
         return False  # another shard has it
     if death.reason != MISSING:
         return death.reason == LEFT_OUT and not left_out
-    folder = os.path.dirname(image.path)
+    return not is_gone(image.path) or _may_come_back(image.path)
+
+
+def _may_come_back(path: str) -> bool:
+    """Whether a missing file may be on a disk that is not mounted: nothing is left where it lay but an empty folder."""
+    folder = os.path.dirname(path)
     while is_gone(folder) and folder != os.path.dirname(folder):
         folder = os.path.dirname(folder)
     try:
-        return not is_gone(image.path) or not os.listdir(folder)
+        return not os.listdir(folder)
     except OSError:
         return True  # storage that fails says nothing about its files
 

@@ -162,7 +162,7 @@ class ShardFiles:
         try:
             with self.listing_path.open("rb") as file:
                 return int(import_pyarrow().parquet.read_metadata(file).num_rows)
-        except (OSError, import_pyarrow().ArrowException) as error:
+        except (OSError, ValueError, import_pyarrow().ArrowException) as error:
             raise self._damaged_listing(error) from None
 
     def rows_with_vectors(self) -> list[int]:
@@ -266,14 +266,13 @@ class ShardFiles:
 
     def read_checksums(self, count: int) -> list[str]:
         """The checksums of the images of the ``count`` vectors. Errors are those of ``read_paths``."""
-        checksums: list[str] = self._read_metadata("checksum", count).to_pylist()
-        return checksums
+        return list(self._read_metadata("checksum", count).to_pylist())
 
     def _read_metadata(self, name: str, count: int) -> Any:
         try:
             column = read_parquet(self._read("metadata"), [name]).column(name)
-        except (OSError, KeyError, import_pyarrow().ArrowException) as error:
-            raise self._damaged(self.metadata_path, error) from None
+        except (OSError, KeyError, ValueError, import_pyarrow().ArrowException) as error:
+            raise error if isinstance(error, ConfigError) else self._damaged(self.metadata_path, error) from None
         if len(column) != count:
             raise self._damaged(self.metadata_path, f"{len(column)} rows instead of {count}")
         return column

@@ -153,14 +153,17 @@ def list_images(sources: Sequence[Path], rules: Rules = DEFAULT_RULES) -> Listin
         rules: what to leave out in folders. Paths in a text file are all taken.
 
     Raises:
-        InputError: if a source cannot be read, or none contains an image.
+        InputError: if a source cannot be read, the only source is another file, or none contains an image.
     """
     listing = Listing()
     for source in sources:
         try:
             _add_source(listing, source, rules)
         except InputError:  # InputError is a ValueError
-            raise
+            if len(sources) == 1:
+                raise
+            # Of many sources, as the shell makes them of photos/*, some may be films.
+            listing.skipped[source.suffix.lower()] += 1
         except (OSError, ValueError) as error:
             raise InputError(f"{source} cannot be read ({getattr(error, 'strerror', None) or error})") from None
     if not listing.images:

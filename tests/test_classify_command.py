@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -65,7 +66,8 @@ def test_a_labels_file_that_cannot_be_read_is_named(
 ) -> None:
     missing, binary = tmp_path / "none.txt", tmp_path / "binary.txt"
     binary.write_bytes(b"\xff\xfe\x00")
-    for path in (missing, binary, tmp_path):
+    assert f"{binary} is not UTF-8 text" in sentence(capsys, library / "a.png", "--labels-file", binary)
+    for path in (missing, tmp_path):
         assert f"{path} cannot be read" in sentence(capsys, library / "a.png", "--labels-file", path)
     monkeypatch.setattr(sys, "stdin", None)  # as after "<&-" in a shell
     assert "standard input is closed" in sentence(capsys, library / "a.png", "--labels-file", "-")
@@ -176,3 +178,18 @@ def test_many_images_get_a_progress_bar_beside_a_file(library: Path, tmp_path: P
     assert done.returncode == 0
     assert len(done.stdout.splitlines()) == 75
     assert "25/25" in done.stderr
+
+
+def test_a_pipe_in_a_folder_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Opening a pipe waits for a writer."""
+    os.mkfifo(tmp_path / "pipe.jpg")
+    make_image(tmp_path / "image.png")
+    assert main(["classify", str(tmp_path), "--labels", "cat", "dog", "--model", "demo"]) == 0
+    assert "pipe.jpg" not in capsys.readouterr().out
+
+
+def test_a_labels_file_in_another_encoding_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "labels.txt").write_bytes("Bär\nHund\n".encode("latin-1"))
+    command = ["classify", "image.png", "--labels-file", str(tmp_path / "labels.txt"), "--model", "demo"]
+    assert main(command) == 1
+    assert "is not UTF-8 text (byte 1): save the file as UTF-8" in capsys.readouterr().err

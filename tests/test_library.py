@@ -367,6 +367,29 @@ def test_prune_spares_an_image_that_is_there_again(library: Library) -> None:
     assert library.decoded == []
 
 
+def test_a_source_that_was_deleted_is_pruned_only_with_gone(library: Library) -> None:
+    make_image(library.photos.parent / "other" / "1.png", 30)
+    library.embed(library.photos.parent / "other")
+    shutil.rmtree(library.photos)
+    with pytest.raises(miniclip.InputError, match="cannot be read"):
+        library.embed()
+    store = EmbeddingStore(library.out)
+    assert planning.prune(store).missing == 0
+    done = planning.prune(store, gone=True)
+    assert (done.missing, done.left) == (8, 1)
+    assert library.found() == {"../other/1.png": False}
+    assert planning.prune(store, gone=True).missing == 0
+
+
+def test_gone_spares_a_disk_that_is_not_mounted(library: Library) -> None:
+    before = contents(library.out)
+    for path in library.photos.iterdir():
+        path.unlink()
+    done = planning.prune(EmbeddingStore(library.out), gone=True)
+    assert (done.missing, done.spared) == (0, 8)
+    assert {name: data for name, data in contents(library.out).items() if name in before} == before
+
+
 def test_entries_of_plans_that_prune_removes_never_hide_images_of_new_shards(library: Library) -> None:
     """A killed run leaves a plan, and its files vanish. The shards that prune makes get the numbers of the plan."""
     kept = library.found()

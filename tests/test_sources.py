@@ -179,6 +179,15 @@ def test_a_large_file_that_is_no_list_of_paths_is_not_read_whole(begin: bytes, t
     assert peak < 2e6
 
 
+def test_a_film_among_several_sources_is_skipped_and_counted(tmp_path: Path) -> None:
+    """As the shell makes them of photos/*."""
+    make_image(tmp_path / "1.png")
+    (tmp_path / "film.MP4").write_bytes(b"\0\0\0\x18ftypmp42")
+    listing = list_images([tmp_path / "1.png", tmp_path / "film.MP4"])
+    assert [image.path for image in listing.images] == [str(tmp_path / "1.png")]
+    assert listing.skipped == {".mp4": 1}
+
+
 def test_file_names_need_not_be_text(tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     make_image(folder / "ok.png", 1)
