@@ -5,6 +5,7 @@ The functions take and return parsed JSON. ``checkpoint.py`` and ``saving.py`` r
 
 from __future__ import annotations
 
+import json
 import re
 import reprlib
 from collections import defaultdict
@@ -34,6 +35,8 @@ from miniclip.errors import ConfigError
 from miniclip.images import is_side
 from miniclip.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocess
 from miniclip.shapes import Shape
+from miniclip.tokenizer import END_OF_TEXT as END_OF_TEXT_TOKEN
+from miniclip.tokenizer import START_OF_TEXT, vocabulary_and_merges
 
 # The tensors of one block in either tower: Hugging Face's name -> OpenAI's.
 _BLOCK = {
@@ -243,6 +246,35 @@ def preprocess_to_dict(preprocess: Preprocess) -> dict[str, Any]:
         "do_normalize": True,
         "image_mean": list(preprocess.mean),
         "image_std": list(preprocess.std),
+    }
+
+
+# -- the tokenizer's files --------------------------------------------------------------------------------------------
+
+
+def tokenizer_to_files(config: TextConfig) -> dict[str, str]:
+    """The names and contents of the files from which transformers makes the tokenizer of a model.
+
+    Without these files, transformers 5 makes a tokenizer of three tokens, and says nothing. A model with another
+    vocabulary than OpenAI's has no such files, because its tokenizer is unknown.
+    """
+    vocabulary, merges = vocabulary_and_merges()
+    if config.vocab_size != len(vocabulary) or config.end_of_text not in (None, END_OF_TEXT):
+        return {}
+    settings = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": config.context_length,
+        "bos_token": START_OF_TEXT,
+        "eos_token": END_OF_TEXT_TOKEN,
+        "pad_token": END_OF_TEXT_TOKEN,
+        "unk_token": END_OF_TEXT_TOKEN,
+        "do_lower_case": True,
+        "errors": "replace",
+    }
+    return {
+        "vocab.json": json.dumps(vocabulary, ensure_ascii=False),
+        "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
+        "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
     }
 
 

@@ -21,7 +21,10 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def save_pretrained(model: CLIP, folder: str | os.PathLike[str], preprocess: Preprocess | None = None) -> None:
-    """Write config.json, preprocessor_config.json and model.safetensors, for ``load`` and for transformers.
+    """Write a model as a Hugging Face folder: for ``load``, transformers and sentence-transformers.
+
+    The files are config.json, preprocessor_config.json, model.safetensors and, for a model with OpenAI's vocabulary,
+    vocab.json, merges.txt and tokenizer_config.json.
 
     The files have temporary names until all of them are complete on the disk, so a failure leaves the old files as they
     were. A model may be saved into the folder from which it was loaded.
@@ -49,14 +52,16 @@ def save_pretrained(model: CLIP, folder: str | os.PathLike[str], preprocess: Pre
         "config.json": {**huggingface.config_to_dict(model.config), "dtype": dtype},
         "preprocessor_config.json": huggingface.preprocess_to_dict(preprocess),
     }
+    contents = {name: json.dumps(document, indent=2) + "\n" for name, document in documents.items()}
+    contents |= huggingface.tokenizer_to_files(model.config.text)
     folder = Path(folder)
     # Renamed, never overwritten: a model loaded from the old weights is a memory-mapped view of that file. The weights
     # come last, so that a new folder that is cut off has no weights.
-    targets = [folder / name for name in (*documents, "model.safetensors")]
+    targets = [folder / name for name in (*contents, "model.safetensors")]
     try:
         with atomic_replace(*targets) as (*texts, weights):
-            for path, document in zip(texts, documents.values()):
-                path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+            for path, text in zip(texts, contents.values()):
+                path.write_text(text, encoding="utf-8")
             mode = weights.stat().st_mode
             save_file(tensors, weights, metadata={"format": "pt"})
             weights.chmod(mode)  # safetensors makes the file readable only for its owner, whatever the umask says

@@ -63,6 +63,12 @@ def _vocabulary() -> tuple[tuple[str, ...], dict[tuple[int, int], int]]:
     return (*tokens, START_OF_TEXT, END_OF_TEXT), merges
 
 
+def vocabulary_and_merges() -> tuple[dict[str, int], list[str]]:
+    """OpenAI's table as Hugging Face's vocab.json and merges.txt hold it: token -> id, and "left right" in order."""
+    tokens, merges = _vocabulary()
+    return {token: i for i, token in enumerate(tokens)}, [f"{tokens[left]} {tokens[right]}" for left, right in merges]
+
+
 class Tokenizer:
     """OpenAI's byte-level tokenizer with 49,408 ids. Threads may share one instance.
 

@@ -36,7 +36,7 @@ ROOMS = {
     "resize": set(),
     "preprocess": {"errors", "images", "resize"},
     "shapes": {"config", "errors"},
-    "huggingface": {"config", "errors", "images", "preprocess", "shapes"},
+    "huggingface": {"config", "errors", "images", "preprocess", "shapes", "tokenizer"},
     "open_clip": {"config", "errors", "preprocess"},
     "checkpoint": {"config", "errors", "files", "huggingface", "open_clip", "shapes"},
     "hub": {"checkpoint", "config", "errors"},

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
+import json
 import os
+import random
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_reference
-from helpers import run_python
+from helpers import ROOT, run_python
 from PIL import Image
 from safetensors import safe_open
-from transformers import CLIPModel
+from transformers import AutoTokenizer, CLIPModel, CLIPProcessor, pipeline
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import miniclip
@@ -37,8 +41,11 @@ def test_a_saved_model_is_loaded_back_equal(tiny: Path, tmp_path: Path, dtype: t
         assert file.get_tensor("logit_scale").dtype == dtype
     assert sorted(os.listdir(tmp_path / "new" / "folder")) == [
         "config.json",
+        "merges.txt",
         "model.safetensors",
         "preprocessor_config.json",
+        "tokenizer_config.json",
+        "vocab.json",
     ]
     modes = {path.stat().st_mode for path in (tmp_path / "new" / "folder").iterdir()}
     assert len(modes) == 1  # all files have the same readers
@@ -51,6 +58,46 @@ def test_the_file_has_transformers_tensors(tiny: Path, tmp_path: Path) -> None:
         assert set(theirs.keys()) == set(ours.keys())
         for name in theirs.keys():  # noqa: SIM118
             assert torch.equal(theirs.get_tensor(name), ours.get_tensor(name)), name
+
+
+@pytest.fixture(scope="module")
+def saved_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo")
+    miniclip.save_pretrained(*miniclip.load("demo", "cpu")[:1], folder, miniclip.load("demo", "cpu")[1])
+    return folder
+
+
+def test_transformers_tokenizer_gives_the_ids_of_a_thousand_captions(saved_demo: Path) -> None:
+    """Of words that need no cleaning, which transformers leaves out."""
+    goldens = json.loads(gzip.decompress((Path(__file__).parent / "data" / "tokenizer_goldens.json.gz").read_bytes()))
+    words = sorted({word for _, text, _ in goldens["cases"] for word in re.findall(r"\b[A-Za-z0-9]+\b[.,!?]?", text)})
+    assert len(words) > 1000
+    choose = random.Random(0)
+    captions = [" ".join(choose.choices(words, k=choose.randrange(1, 12))) for _ in range(1000)]
+    for load in (AutoTokenizer.from_pretrained, lambda folder: CLIPProcessor.from_pretrained(folder).tokenizer):
+        theirs = load(saved_demo)
+        given = theirs(captions, padding="max_length", truncation=True, return_tensors="pt")
+        ours = miniclip.tokenize(captions, truncate=True)
+        assert theirs.model_max_length == 77
+        assert torch.equal(given.input_ids * given.attention_mask, ours.long())
+
+
+def test_a_pipeline_of_transformers_answers_as_the_classifier(saved_demo: Path) -> None:
+    """Without the tokenizer's files, each of four labels got 0.25."""
+    labels = ["cat", "dog", "guitar", "pizza"]
+    image = ROOT / "examples" / "images" / "cat.png"
+    theirs = pipeline("zero-shot-image-classification", model=str(saved_demo), device="cpu")
+    given = {row["label"]: row["score"] for row in theirs(str(image), candidate_labels=labels)}
+    classifier = miniclip.ZeroShotClassifier(*miniclip.load("demo", "cpu"), labels, ["This is a photo of {}."])
+    ours = dict(classifier(miniclip.open_image(image)))
+    assert max(ours.values()) > 0.9
+    assert given == pytest.approx(ours, abs=1e-5)
+
+
+def test_another_vocabulary_has_no_tokenizer_files(tmp_path: Path) -> None:
+    make_reference(text_config={"vocab_size": 60, "eos_token_id": 7}).save_pretrained(tmp_path / "theirs")
+    miniclip.save_pretrained(miniclip.load(tmp_path / "theirs", "cpu")[0], tmp_path / "ours")
+    assert sorted(os.listdir(tmp_path / "ours")) == ["config.json", "model.safetensors", "preprocessor_config.json"]
 
 
 @pytest.mark.parametrize("text", [{}, {"eos_token_id": 2}, {"eos_token_id": 7, "vocab_size": 60}])
