@@ -8,6 +8,7 @@ checks here exist for their messages, which name the file, the tensor and the nu
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import reprlib
@@ -26,11 +27,13 @@ from miniclip.errors import CheckpointError, ConfigError
 from miniclip.files import LARGEST_DESCRIPTION, read_description
 from miniclip.shapes import Shape, config_from_shapes
 
+_log = logging.getLogger("miniclip")
+
 #: Tensors of OpenAI's layout that are dropped on purpose. OpenAI's archives store three settings as tensors; open_clip
 #: stores its causal mask.
 OPENAI_DROPPED = {"input_resolution", "context_length", "vocab_size", "attn_mask"}
 
-_TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _WEIGHT_DTYPES = tuple(_TORCH_DTYPES)
 # Bytes per number. Tensors that are not weights may be stored as integers.
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "BOOL": 1}
@@ -59,9 +62,10 @@ class Checkpoint:
     Attributes:
         path: the file of the weights, or the index of their shards.
         layout: "hf" or "openai".
-        headers: by the name that each tensor has on disk.
+        headers: by the name of each tensor in its layout. On disk, ``prefix`` may stand before the name.
         config_path: the configuration file, or None if there is none.
         config: its contents.
+        prefix: what a training program put before the names, such as "module.".
     """
 
     path: Path
@@ -69,6 +73,7 @@ class Checkpoint:
     headers: Mapping[str, TensorHeader]
     config_path: Path | None
     config: Mapping[str, Any]
+    prefix: str = ""
 
     def clip_config(self, activation: str | None = None, heads: Heads | None = None) -> CLIPConfig:
         """The configuration beside the weights. If there is none, the one that the shapes reveal.
@@ -100,7 +105,7 @@ class Checkpoint:
         shapes = {name: header.shape for name, header in self.headers.items()}
         return shapes if self.layout == "openai" else huggingface.openai_shapes(shapes)
 
-    def fill(self, model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    def fill(self, model: nn.Module, dtype: torch.dtype, device: torch.device, strict: bool = True) -> None:
         """Give a model that was built on the meta device its parameters.
 
         On the CPU and in the dtype of the file, tensors stay views of the memory-mapped file; only tensors that the
@@ -111,6 +116,7 @@ class Checkpoint:
             model: its state_dict gives the names and shapes that are expected.
             dtype: the dtype of the parameters.
             device: the device of the parameters.
+            strict: whether tensors beside the model's are an error.
 
         Raises:
             CheckpointError: if tensors are missing, unexpected or of the wrong shape. All of them are in one message,
@@ -121,7 +127,7 @@ class Checkpoint:
             parts = huggingface.stored_parts(expected)
         else:
             parts = {target: {target: shape} for target, shape in expected.items()}
-        self._check_tensors({name: shape for part in parts.values() for name, shape in part.items()})
+        self._check_tensors({name: shape for part in parts.values() for name, shape in part.items()}, strict)
         state = {}
         try:
             # Tensors that are copied are read through a mapping of their own, so that its pages are freed afterwards.
@@ -138,16 +144,16 @@ class Checkpoint:
 
     def _read(self, names: Iterable[str], files: Mapping[Path, Any]) -> torch.Tensor:
         """One tensor of the file, or several stacked into one."""
-        tensors = [files[self.headers[name].path].get_tensor(name) for name in names]
+        tensors = [files[self.headers[name].path].get_tensor(self.prefix + name) for name in names]
         return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
 
-    def _check_tensors(self, expected: Mapping[str, Shape]) -> None:
-        """Compare the expected shapes, by the names on disk, with the headers of the files."""
+    def _check_tensors(self, expected: Mapping[str, Shape], strict: bool) -> None:
+        """Compare the expected shapes, by the names of the layout, with the headers of the files."""
         dropped = huggingface.dropped_tensors() if self.layout == "hf" else OPENAI_DROPPED
         found = {name: header for name, header in self.headers.items() if name in expected}
         problems = {
             "missing": [name for name in expected if name not in found],
-            "unexpected": [name for name in self.headers if name not in expected and name not in dropped],
+            "unexpected": [name for name in self.headers if strict and name not in expected and name not in dropped],
             "of wrong shape": [
                 f"{name} is {header.shape}, expected {expected[name]}"
                 for name, header in found.items()
@@ -162,7 +168,10 @@ class Checkpoint:
             report = "; ".join(
                 f"{len(names)} {kind} ({_first_few(names)})" for kind, names in problems.items() if names
             )
-            raise CheckpointError(f"{self.path}: the tensors do not fit {config}: {report}")
+            # Training programs write the state of their optimizer, or a head for another task, beside a whole CLIP.
+            left_over = [kind for kind, names in problems.items() if names] == ["unexpected"]
+            advice = "; strict=False leaves tensors out that are not the CLIP's" if left_over else ""
+            raise CheckpointError(f"{self.path}: the tensors do not fit {config}: {report}{advice}")
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -181,6 +190,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
         headers = _read_headers(path)
     except OSError as error:
         raise CheckpointError(f"{error.filename or path}: cannot be read ({error.strerror})") from None
+    if adapters := [name for name in headers if re.search(r"(^|\.)(lora_|base_layer\.|modules_to_save\.)", name)]:
+        raise CheckpointError(
+            f"{path}: holds {len(adapters)} tensors of an adapter ({_first_few(adapters)}): merge the adapter into the "
+            "model before it is saved, with merge_and_unload()"
+        )
+    prefix = _prefix(path, headers)
+    if prefix:
+        _log.info("%s: the names of the tensors begin with %r, which is left out", path, prefix)
+        headers = {name.removeprefix(prefix): header for name, header in headers.items()}
     layout = _layout(headers)
     if layout is None:
         found = f"the first names are {', '.join(list(headers)[:3])}" if headers else "there are none"
@@ -191,8 +209,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if config_path.is_file():
             config = read_json(config_path)
             if name == "open_clip_config.json" or huggingface.is_clip_config(config):
-                return Checkpoint(path, layout, headers, config_path, config)
-    return Checkpoint(path, layout, headers, None, {})
+                return Checkpoint(path, layout, headers, config_path, config, prefix)
+    return Checkpoint(path, layout, headers, None, {}, prefix)
 
 
 def read_header(path: Path) -> dict[str, TensorHeader]:
@@ -402,6 +420,27 @@ def _layout(names: Iterable[str]) -> str | None:
     if towers & {"vision_model", "text_model"}:
         return "hf"
     return "openai" if "visual" in towers else None
+
+
+def _prefix(path: Path, names: Iterable[str]) -> str:
+    """What stands before the names of a known layout: "module." of DataParallel, "_orig_mod." of torch.compile.
+
+    Every CLIP has one tensor called logit_scale, in both layouts.
+
+    Raises:
+        CheckpointError: if there are several models.
+    """
+    names = list(names)
+    prefixes = [name.removesuffix("logit_scale") for name in names if name.split(".")[-1] == "logit_scale"]
+    found = [
+        prefix
+        for prefix in prefixes
+        if _layout(name.removeprefix(prefix) for name in names if name.startswith(prefix)) is not None
+    ]
+    if len(found) > 1:
+        models = ", ".join(f"{prefix}logit_scale" for prefix in found[:4])
+        raise CheckpointError(f"{path}: holds {len(found)} models ({models}): save one of them alone")
+    return found[0] if found else ""
 
 
 def _first_few(names: list[str], limit: int = 4) -> str:

@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import reprlib
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def load(
     fast: bool = True,
     activation: str | None = None,
     heads: Heads | None = None,
+    strict: bool = True,
 ) -> tuple[CLIP, Preprocess]:
     """Load a CLIP and the preprocessing that belongs to it.
 
@@ -45,7 +47,7 @@ def load(
             - a repository of the Hugging Face Hub, "owner/name" or "owner/name@revision".
         device: "cpu", "cuda", "cuda:1", ... By default CUDA if there is a CUDA device, else the CPU. "mps" is accepted
             but not tested.
-        jit: must be false. openai/CLIP has this argument for TorchScript archives, which are pickles.
+        jit: if true, a warning. openai/CLIP has this argument for TorchScript archives, which are pickles.
         download_root: the folder that keeps downloads. By default the Hub client's own cache.
         dtype: the dtype of the parameters and of the computation: float32, float16, bfloat16 or float64. By default
             float16 on CUDA, float32 elsewhere.
@@ -56,6 +58,8 @@ def load(
         activation: "quick_gelu" or "gelu". Needed for weights without a configuration; overrides one that is there.
         heads: the number of attention heads, one integer or (image tower, text tower). Needed for weights without a
             configuration if a head is not 64 wide; overrides a configuration that is there.
+        strict: whether tensors that are not the CLIP's, such as the state of an optimizer, are an error. A tensor that
+            is missing or of the wrong shape always is.
 
     Returns:
         The model, in eval mode and with frozen parameters, and its ``Preprocess``.
@@ -68,10 +72,8 @@ def load(
         DownloadError: if the weights cannot be downloaded, or arrive with the wrong checksum.
         TypeError: if the name is neither a string nor a path.
     """
-    if jit:
-        raise ConfigError(
-            "jit=True loads openai/CLIP's TorchScript archives, which miniclip does not read; leave it out"
-        )
+    if jit:  # openai/CLIP also warns and goes on, unless the file is an archive
+        warnings.warn("jit=True is for openai/CLIP's TorchScript archives: miniclip loads a module", stacklevel=2)
     torch_device = _device(device)
     if dtype is None:
         dtype = torch.float16 if torch_device.type == "cuda" else torch.float32
@@ -88,7 +90,7 @@ def load(
     with torch.inference_mode(False):  # parameters created in inference mode can never require grad
         with torch.device("meta"):  # takes no memory and draws no random numbers: the file has every number
             model = CLIP(config)
-        checkpoint.fill(model, dtype, torch_device)
+        checkpoint.fill(model, dtype, torch_device, strict)
     model.fast = fast
     return model.eval().requires_grad_(False), preprocess
 

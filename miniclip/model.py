@@ -358,3 +358,11 @@ def path_of(clip: CLIP) -> str:
         path += f" (not {', '.join(plain)})"
     path += "" if is_untouched(clip.visual) else "; every token of an image"
     return path + ("" if is_untouched(clip) else "; every token of a text")
+
+
+def convert_weights(model: nn.Module) -> None:
+    """Turn the parameters of a model to float16, in place: openai/CLIP's function, which CoOp's family calls.
+
+    In miniclip, these are all parameters, layer norms included.
+    """
+    model.half()

@@ -511,7 +511,7 @@ def test_a_contradicting_configuration_is_refused(
         load(folder)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.bool, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.float8_e4m3fn])
 def test_other_dtypes_are_refused(dtype: torch.dtype, folder: Path) -> None:
     rewrite(folder / "model.safetensors", **{"logit_scale": torch.tensor(1).to(dtype)})
     with refused(folder, r"logit_scale is .*[FIB]\w+.*F32, F16, BF16|F32, F16, BF16 \(logit_scale is"):
@@ -802,7 +802,7 @@ SCALE = '"logit_scale":{"dtype":"F32","shape":[],"data_offsets":[0,4]}'
         (b'{"a":{"dtype":"F32","shape":[1,1,1,1,1,1,1,1,1],"data_offsets":[0,4]}}', "damaged at 'a'"),
         (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4,8]}}', "damaged at 'a'"),
         (b'{"a":{"dtype":["F32"],"shape":[1],"data_offsets":[0,4]}}', "damaged at 'a'"),
-        (b'{"a":{"dtype":"F4","shape":[8],"data_offsets":[0,4]}}', "stored as 'F4'; miniclip reads F32, F16, BF16"),
+        (b'{"a":{"dtype":"F4","shape":[8],"data_offsets":[0,4]}}', "stored as 'F4'; miniclip reads F64, F32, F16, BF16"),
         (b'{"a":{"dtype":"%s","shape":[8],"data_offsets":[0,4]}}' % (b"F" * 3000), "as 'FFF.{,30}'"),
         (b'{"%s":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}' % (b"a" * 3000), "damaged at 'a{300}': {"),
         (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}', r"a, F32 \(2,\), does not fit bytes 0 to 4"),

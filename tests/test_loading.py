@@ -216,8 +216,8 @@ def test_folder_of_links_as_in_the_hubs_cache_is_loaded(tiny: Path, tmp_path: Pa
 # -- options ----------------------------------------------------------------------------------------------------------
 
 
-def test_jit_is_refused(tiny: Path) -> None:
-    with pytest.raises(ConfigError, match="jit=True loads openai/CLIP's TorchScript archives, which miniclip does not"):
+def test_jit_is_a_warning(tiny: Path) -> None:
+    with pytest.warns(UserWarning, match="jit=True is for openai/CLIP's TorchScript archives: miniclip loads a module"):
         miniclip.load(tiny, "cpu", True)
 
 
@@ -254,7 +254,7 @@ def test_missing_devices_are_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch
         miniclip.load(tiny, "cuda:2")
 
 
-@pytest.mark.parametrize("options", [{"jit": True}, {"device": "gpu"}, {"dtype": "half"}])
+@pytest.mark.parametrize("options", [{"device": "gpu"}, {"dtype": "half"}])
 def test_options_are_checked_before_any_download(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         miniclip.load("ViT-B/32", **({"device": "cpu"} | options))

@@ -30,6 +30,8 @@ ROOMS = {
     "layers": {"packed"},
     "prefixes": {"layers"},
     "loss": {"errors"},
+    "clip": {"hub", "loading", "tokenizer"},
+    "simple_tokenizer": {"tokenizer"},
     "model": {"config", "errors", "layers", "packed", "prefixes"},
     "tokenizer": {"errors"},
     "images": {"errors"},
