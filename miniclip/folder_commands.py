@@ -50,7 +50,7 @@ def _index(options: argparse.Namespace) -> int:
     folder = printable(options.folder)
     done = build_inverted_file(options.folder, options.model, lambda text: print(f"{folder}: {text}", flush=True))
     if done is None:
-        print(f"{folder}: fewer than {LEAST:,} vectors, so exact search is fast enough, and no inverted file is there")
+        print(f"{folder}: fewer than {LEAST:,} vectors, so exact search is fast enough and nothing was built")
         return 0
     found = ", ".join(f"{share:.1%} for {kind}" for kind, share in done.recall.items())
     print(
