@@ -98,12 +98,16 @@ class VisionTransformer(nn.Module):
         self.ln_pre = nn.LayerNorm(config.width, config.layer_norm_eps)
         self.transformer = Transformer(config, causal=False)
         self.ln_post = nn.LayerNorm(config.width, config.layer_norm_eps)
-        self.proj = nn.Parameter(torch.empty(config.width, embed_dim))
+        self.proj: nn.Parameter | None = nn.Parameter(torch.empty(config.width, embed_dim))
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.ln_pre(self.embed(images)).transpose(0, 1).contiguous()  # (L, N, W)
         x = self.transformer(x, last=Pooled(0)) if is_untouched(self) else self.transformer(x)  # (1 or L, N, W)
-        return self.ln_post(x[0]) @ self.proj  # (N, D): the class token comes first
+        return self.project(self.ln_post(x[0]))  # (N, D): the class token comes first
+
+    def project(self, x: Tensor) -> Tensor:
+        """(…, W) -> (…, D). As in openai/CLIP, ``proj = None`` leaves the features of the tower, (…, W)."""
+        return x if self.proj is None else x @ self.proj
 
     def embed(self, images: Tensor) -> Tensor:
         """Patch embeddings behind the class token, positions added: (N, 3, S, S) -> (N, L, W), L = patches + 1."""
@@ -118,7 +122,7 @@ class VisionTransformer(nn.Module):
 
     def patch_tokens(self, images: Tensor) -> Tensor:
         """Each patch in the joint space: (N, 3, S, S) -> (N, patches, D), row by row from the top left."""
-        return self.ln_post(self.hidden_states(images)[-1][:, 1:]) @ self.proj
+        return self.project(self.ln_post(self.hidden_states(images)[-1][:, 1:]))
 
     def check(self, images: Tensor) -> Tensor:
         """The images in the tower's dtype.
@@ -129,13 +133,24 @@ class VisionTransformer(nn.Module):
         size, weight = self.input_resolution, self.conv1.weight
         if not isinstance(images, Tensor):
             raise InputError(f"images must be a tensor (N, 3, {size}, {size}), got {type(images).__name__}")
-        if images.ndim != 4 or images.shape[1:] != (3, size, size):
-            raise InputError(f"images must be (N, 3, {size}, {size}), got {tuple(images.shape)}")
+        own = (size // weight.shape[-1]) ** 2 + 1 == len(self.positional_embedding)
+        if not own or images.ndim != 4 or images.shape[1:] != (3, size, size):
+            self._check_size(images, own)
         if not images.is_floating_point():
             raise InputError(f"images must be normalised floating-point pixels, got {images.dtype}: use preprocess")
         if images.device != weight.device:
             raise InputError(f"images are on {images.device}, the model is on {weight.device}")
         return images.to(weight.dtype)
+
+    def _check_size(self, images: Tensor, own: bool) -> None:
+        """Images of another size fit if ``positional_embedding`` is not the tower's own, but one of as many patches."""
+        size, rows, patch = self.input_resolution, len(self.positional_embedding), self.conv1.weight.shape[-1]
+        if own or images.ndim != 4 or images.shape[1] != 3:
+            raise InputError(f"images must be (N, 3, {size}, {size}), got {tuple(images.shape)}")
+        if (patches := (images.shape[2] // patch) * (images.shape[3] // patch)) != rows - 1:
+            raise InputError(
+                f"images {tuple(images.shape)} have {patches} patches, positional_embedding is for {rows - 1}"
+            )
 
 
 class TextTransformer(nn.Module):

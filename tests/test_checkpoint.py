@@ -802,7 +802,10 @@ SCALE = '"logit_scale":{"dtype":"F32","shape":[],"data_offsets":[0,4]}'
         (b'{"a":{"dtype":"F32","shape":[1,1,1,1,1,1,1,1,1],"data_offsets":[0,4]}}', "damaged at 'a'"),
         (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4,8]}}', "damaged at 'a'"),
         (b'{"a":{"dtype":["F32"],"shape":[1],"data_offsets":[0,4]}}', "damaged at 'a'"),
-        (b'{"a":{"dtype":"F4","shape":[8],"data_offsets":[0,4]}}', "stored as 'F4'; miniclip reads F64, F32, F16, BF16"),
+        (
+            b'{"a":{"dtype":"F4","shape":[8],"data_offsets":[0,4]}}',
+            "stored as 'F4'; miniclip reads F64, F32, F16, BF16",
+        ),
         (b'{"a":{"dtype":"%s","shape":[8],"data_offsets":[0,4]}}' % (b"F" * 3000), "as 'FFF.{,30}'"),
         (b'{"%s":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}' % (b"a" * 3000), "damaged at 'a{300}': {"),
         (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}', r"a, F32 \(2,\), does not fit bytes 0 to 4"),

@@ -34,8 +34,8 @@ def initialise(model: miniclip.CLIP, vocabulary: Tensor) -> None:
         if name.endswith("bias"):
             nn.init.zeros_(parameter)
     nn.init.normal_(model.visual.conv1.weight, std=(3 * 3 * vision.patch_size**2) ** -0.5)
-    for parameter in (model.visual.class_embedding, model.visual.positional_embedding, model.visual.proj):
-        nn.init.normal_(parameter, std=vision.width**-0.5)
+    for name in ("class_embedding", "positional_embedding", "proj"):
+        nn.init.normal_(model.visual.get_parameter(name), std=vision.width**-0.5)
     nn.init.normal_(model.token_embedding.weight, std=0.001)
     with torch.no_grad():
         model.token_embedding.weight[vocabulary] *= 20
