@@ -95,9 +95,12 @@ def test_a_run_learns_and_saves_a_model_that_both_libraries_read(shapes: Path, c
         "config.json",
         "learning_curve.csv",
         "learning_curve.png",
+        "merges.txt",
         "model.safetensors",
         "preprocessor_config.json",
         "state.safetensors",
+        "tokenizer_config.json",
+        "vocab.json",
     }
     with (tmp_path / "run" / "learning_curve.csv").open() as file:
         curve = list(csv.DictReader(file))
