@@ -416,6 +416,25 @@ def test_commands_of_the_shell_take_turns(bench: SimpleNamespace, tmp_path: Path
     assert (tmp_path / "kept").read_bytes() == b"content"
 
 
+def test_memory_stays_flat_and_a_leak_shows(bench: SimpleNamespace, tiny: Path) -> None:
+    found = bench.memory.measure(str(tiny), 100, 20)
+    assert {kind: len(memory) for kind, memory in found.items()} == {"encodes": 10, "loads": 10}
+    kept: list[bytes] = []
+    memory = bench.memory.grown(lambda number: kept.append(b"x" * 200_000), 200)
+    assert memory[-1] - memory[0] > 30  # 180 calls of 0.2 MB
+
+
+@pytest.mark.slow
+def test_the_memory_benchmark_writes_a_file(tiny: Path, tmp_path: Path) -> None:
+    command = ["--model", tiny, "--encodes", 20, "--loads", 10, "--out", tmp_path / "memory.json"]
+    done = run_script("benchmarks/memory.py", *command)
+    assert done.returncode == 0, done.stderr
+    assert "20 encodes:" in done.stdout
+    found = json.loads((tmp_path / "memory.json").read_text())
+    assert found["calls"] == {"encodes": 20, "loads": 10}
+    assert len(found["anonymous_megabytes"]["loads"]) == 10
+
+
 def test_nothing_speaks_of_goals() -> None:
     for path in [*BENCHMARKS.rglob("*.py"), *BENCHMARKS.glob("results/cpu-*.json")]:
         text = path.read_text(encoding="utf-8").replace('"', " ").replace("_", " ").split()
