@@ -191,8 +191,35 @@ class MultiheadAttention(PackedLayer):
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
         self.out_proj = Linear(width, width)
 
-    def forward(self, x: Tensor, view: View | None = None) -> Tensor:
-        """(L, N, W) -> (L, N, W), or (L', N', W) with a view."""
+    @property
+    def num_heads(self) -> int:
+        """As ``embed_dim`` and ``head_dim``: what torch.nn.MultiheadAttention calls it."""
+        return self.heads
+
+    @property
+    def embed_dim(self) -> int:
+        return self.in_proj_weight.shape[1]
+
+    @property
+    def head_dim(self) -> int:
+        return self.embed_dim // self.heads
+
+    def forward(
+        self,
+        x: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        *,
+        view: View | None = None,
+        **more: Any,
+    ) -> Any:
+        """(L, N, W) -> (L, N, W), or (L', N', W) with a view.
+
+        With key and value, the answer is that of torch.nn.MultiheadAttention: a pair of output and weights, no causal
+        mask unless ``attn_mask`` is one, and the same further arguments.
+        """
+        if key is not None or value is not None or more:
+            return self._as_torch(x, key, value, **more)
         weight, bias, width, packed = self.in_proj_weight, self.in_proj_bias, x.shape[-1], self.packed
         packed = packed if packed and packed.usable(x, weight, bias) else None
 
@@ -207,6 +234,16 @@ class MultiheadAttention(PackedLayer):
             k, v = project(x, slice(width, None)).chunk(2, dim=-1)
         y = view.attend(q, k, v, self.heads) if view else attend(q, k, v, self.heads, causal=self.causal)
         return self.out_proj(y)
+
+    def _as_torch(self, query: Tensor, key: Tensor | None, value: Tensor | None, **more: Any) -> Any:
+        if key is None or value is None:
+            raise TypeError("attention takes query, key and value, or one tensor alone")
+        return F.multi_head_attention_forward(
+            *(query, key, value, self.embed_dim, self.heads, self.in_proj_weight, self.in_proj_bias),
+            *(None, None, False, 0.0, self.out_proj.weight, self.out_proj.bias),  # no added bias, no dropout
+            training=self.training,
+            **more,
+        )
 
 
 _HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"

@@ -48,6 +48,7 @@ class ResidualAttentionBlock(nn.Module):
 
     def __init__(self, config: TransformerConfig, causal: bool) -> None:
         super().__init__()
+        self._length = config.context_length if isinstance(config, TextConfig) else 0
         self.attn = MultiheadAttention(config.width, config.heads, causal)
         self.ln_1 = nn.LayerNorm(config.width, config.layer_norm_eps)
         self.mlp = MLP(config.width, config.mlp_width, config.activation)
@@ -55,8 +56,33 @@ class ResidualAttentionBlock(nn.Module):
 
     def forward(self, x: Tensor, view: View | None = None) -> Tensor:
         y = self.ln_1(x)
-        x = x + self.attn(y) if view is None else view.asking(x) + self.attn(y, view)
+        if "other_mask" in self.__dict__:
+            x = x + self.attention(y)
+        else:
+            x = x + self.attn(y) if view is None else view.asking(x) + self.attn(y, view=view)
         return x + self.mlp(self.ln_2(x))
+
+    def attention(self, x: Tensor) -> Tensor:
+        """As in openai/CLIP: self-attention under ``attn_mask``, (L, N, W) -> (L, N, W)."""
+        y: Tensor = self.attn(x, x, x, need_weights=False, attn_mask=self.attn_mask)[0]
+        return y
+
+    @property
+    def attn_mask(self) -> Tensor | None:
+        """As in openai/CLIP: what is added to the scores, (L, L), or None. It can be set, and is then obeyed."""
+        if "other_mask" in self.__dict__:
+            mask: Tensor | None = self.__dict__["other_mask"]
+            if mask is None or mask.dtype == torch.bool:
+                return mask
+            return mask.to(self.attn.in_proj_weight)
+        if not self.attn.causal:
+            return None
+        length = self._length
+        return self.attn.in_proj_weight.new_full((length, length), -torch.inf).triu_(1)
+
+    @attn_mask.setter
+    def attn_mask(self, mask: Tensor | None) -> None:
+        self.__dict__["other_mask"] = mask
 
 
 class Transformer(nn.Module):
@@ -351,6 +377,8 @@ def is_untouched(tower: VisionTransformer | TextTransformer) -> bool:
             continue
         attributes = module.__dict__
         if not is_bare(module) or attributes.get("packed", True) is None or attributes.get("causal", causal) != causal:
+            return False
+        if "other_mask" in attributes:
             return False
         modules += module._modules.values()
         seen += 1

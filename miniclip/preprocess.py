@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, overload
@@ -16,6 +16,7 @@ from torch import Tensor
 from miniclip.errors import ConfigError, InputError
 from miniclip.images import is_side, on_white
 from miniclip.resize import resize_and_crop
+from miniclip.transforms import CenterCrop, Normalize, Resize, ToRGB, ToTensor
 
 # Channel means and standard deviations of OpenAI's training images, on pixels from 0 to 1.
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -81,6 +82,18 @@ class Preprocess:
     def short_side(self) -> int:
         """The length of the short side after the resize and before the crop, in pixels."""
         return self.size if self.shortest_edge is None else self.shortest_edge
+
+    @property
+    def transforms(self) -> list[Callable[[Any], Any]]:
+        """The steps one by one, as openai/CLIP's ``preprocess.transforms`` has them; they can be sliced.
+
+        Raises:
+            ConfigError: for the convention "huggingface", whose rounding is another one.
+        """
+        if self.convention != "openai":
+            raise ConfigError('transforms are the steps of the convention "openai"')
+        resize, crop = Resize(self.short_side, self.resample), CenterCrop(self.size)
+        return [resize, crop, ToRGB(), ToTensor(), Normalize(self.mean, self.std)]
 
     @overload
     def __call__(self, images: Image.Image) -> Tensor: ...

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import make_image
 from torch import nn
 from transformers import CLIPModel
 
@@ -56,3 +59,142 @@ def test_other_sizes_are_refused_while_the_position_embeddings_are_the_models_ow
     for size in (33, 48):  # 33 pixels have as many whole patches as 32
         with pytest.raises(InputError, match=r"images must be \(N, 3, 32, 32\)"):
             model.encode_image(pixels(size=size))
+
+
+def as_torch(model: CLIP, tower: str, block: int) -> tuple[nn.MultiheadAttention, Any]:
+    """PyTorch's own class with the weights of a block's attention."""
+    blocks = model.visual.transformer.resblocks if tower == "image" else model.transformer.resblocks
+    ours: Any = blocks[block].attn
+    theirs = nn.MultiheadAttention(ours.embed_dim, ours.num_heads).eval()
+    theirs.load_state_dict(ours.state_dict())
+    return theirs, ours
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+@pytest.mark.parametrize("options", [{}, {"need_weights": False}, {"average_attn_weights": False}])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_answers_as_torch_does(model: CLIP, tower: str, options: dict[str, bool], masked: bool) -> None:
+    """As CLIPSeg and CLIP_Surgery call it: query, key and value, with weights and masks."""
+    theirs, ours = as_torch(model, tower, 1)
+    assert (ours.num_heads, ours.head_dim, ours.embed_dim) == (theirs.num_heads, theirs.head_dim, theirs.embed_dim)
+    randoms = torch.Generator().manual_seed(0)
+    q = torch.randn(5, 2, ours.embed_dim, generator=randoms)
+    k, v = torch.randn(2, 7, 2, ours.embed_dim, generator=randoms)
+    mask = torch.ones(5, 7).triu(2).bool() if masked else None
+    (given, weights), (expected, their_weights) = (each(q, k, v, attn_mask=mask, **options) for each in (ours, theirs))
+    torch.testing.assert_close(given, expected)
+    assert (weights is None) == (their_weights is None)
+    if weights is not None:
+        torch.testing.assert_close(weights, their_weights)
+    with pytest.raises(TypeError, match="query, key and value, or one tensor alone"):
+        ours(q, k)
+
+
+def openai_block(block: Any, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """openai/CLIP's formula of a block, with PyTorch's attention."""
+    attention = nn.MultiheadAttention(block.attn.embed_dim, block.attn.num_heads).eval()
+    attention.load_state_dict(block.attn.state_dict())
+    y = block.ln_1(x)
+    x = x + attention(y, y, y, need_weights=False, attn_mask=mask)[0]
+    return x + block.mlp(block.ln_2(x))
+
+
+def test_the_mask_of_a_block_is_openais(model: CLIP) -> None:
+    blocks: Any = model.transformer.resblocks
+    mask = blocks[0].attn_mask
+    assert torch.equal(mask, torch.full((77, 77), float("-inf")).triu_(1))
+    assert model.visual.transformer.resblocks[0].attn_mask is None
+    x = torch.randn(77, 2, 48, generator=torch.Generator().manual_seed(0))
+    y = blocks[0].ln_1(x)
+    torch.testing.assert_close(blocks[0].attention(y), blocks[0].attn(y), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(blocks[0](x), openai_block(blocks[0], x, mask), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["none", "float", "bool", "half"])
+def test_a_mask_that_is_set_is_obeyed(model: CLIP, kind: str) -> None:
+    """In both towers, before and after the weights are packed; and a model without it computes as before."""
+    tokens, images = miniclip.tokenize(["a cat", "two dogs on a bench"]), pixels()
+    before = model.encode_image(images), model.encode_text(tokens)
+    windows = {length: (torch.arange(length)[:, None] - torch.arange(length)).abs() > 4 for length in (17, 77)}
+    masks: dict[int, torch.Tensor | None] = dict.fromkeys((17, 77))
+    if kind == "bool":
+        masks = {**windows}
+    elif kind != "none":
+        dtype = torch.float16 if kind == "half" else torch.float32
+        masks = {
+            length: torch.zeros(length, length).masked_fill(window, -1e4).to(dtype)
+            for length, window in windows.items()
+        }
+    for blocks, length in ((model.visual.transformer.resblocks, 17), (model.transformer.resblocks, 77)):
+        for block in blocks:
+            block.attn_mask = masks[length]
+    float_masks = {
+        length: mask.float() if kind == "half" and mask is not None else mask for length, mask in masks.items()
+    }
+    x = model.visual.ln_pre(model.visual.embed(images)).transpose(0, 1)
+    for block in model.visual.transformer.resblocks:
+        x = openai_block(block, x, float_masks[17])
+    expected_images = model.visual.ln_post(x[0]) @ model.visual.proj
+    y = model.embed_tokens(tokens).transpose(0, 1)
+    for block in model.transformer.resblocks:
+        y = openai_block(block, y, float_masks[77])
+    ends = tokens.argmax(dim=1)
+    expected_texts = model.ln_final(y.transpose(0, 1)[torch.arange(2), ends]) @ model.text_projection
+    for _ in range(3):
+        torch.testing.assert_close(model.encode_image(images), expected_images, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(model.encode_text(tokens), expected_texts, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(expected_texts, before[1], atol=1e-3)
+    assert torch.allclose(expected_images, before[0], atol=1e-3) == (kind == "none")
+
+
+# -- preprocess.transforms --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "1"])
+@pytest.mark.parametrize("size", [(40, 30), (31, 77), (32, 32), (33, 32)])
+def test_the_steps_one_by_one_equal_the_call_to_the_bit(mode: str, size: tuple[int, int]) -> None:
+    preprocess = miniclip.Preprocess(32)
+    image: Any = make_image(None, 3, size).convert(mode)
+    expected = preprocess(image)
+    assert len(preprocess.transforms) == 5
+    for step in preprocess.transforms:
+        image = step(image)
+    assert torch.equal(image, expected)
+
+
+def test_slices_of_the_steps_take_tensors_with_gradients() -> None:
+    """As StyleGAN-NADA slices them: an image from -1 to 1, resized, cropped and normalised."""
+    preprocess = miniclip.Preprocess(32)
+    image = torch.rand(2, 3, 50, 70, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    x: Any = image
+    for step in preprocess.transforms[:2] + preprocess.transforms[4:]:
+        x = step(x)
+    resized = F.interpolate(image, size=(32, 44), mode="bicubic", antialias=True, align_corners=False)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (preprocess.mean, preprocess.std))
+    torch.testing.assert_close(x, (resized[..., 6:38] - mean) / std)
+    x.sum().backward()
+    assert image.grad is not None
+    assert image.grad.abs().sum() > 0
+
+
+def test_a_tensor_is_resized_nearly_as_an_image() -> None:
+    """Pillow rounds to 8 bits between its two passes."""
+    preprocess = miniclip.Preprocess(32)
+    image = make_image(None, 5, (90, 60))
+    pixels = torch.from_numpy(np.array(image).transpose(2, 0, 1).copy()).float() / 255
+    for step in preprocess.transforms[:2] + preprocess.transforms[4:]:
+        pixels = step(pixels)
+    assert (pixels.clamp(-2, 2.5) - preprocess(image)).abs().mean() < 0.05
+
+
+def test_steps_refuse_what_they_cannot_take() -> None:
+    resize, crop, _, _, normalise = miniclip.Preprocess(32).transforms
+    for call, said in (
+        (lambda: resize("x"), "takes a PIL image or a tensor"),
+        (lambda: crop(torch.zeros(3, 20, 40)), "40 x 20 pixels cannot be cropped to 32"),
+        (lambda: normalise(torch.zeros(1, 4, 4)), r"got \(1, 4, 4\)"),
+    ):
+        with pytest.raises(InputError, match=said):
+            call()
+    with pytest.raises(miniclip.ConfigError, match="the convention"):
+        _ = miniclip.Preprocess(32, convention="huggingface").transforms
