@@ -15,6 +15,7 @@ from miniclip.errors import ImageError, InputError
 MAX_BYTES = 2**29
 
 # The brands of a file in the High Efficiency Image File Format (ISO/IEC 23008-12, 10.2 and annex B.4).
+_BITS_PER_SAMPLE = 258  # the tag of TIFF
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 # What turns the stored pixels upright, by EXIF orientation. Orientation 1 is upright already.
@@ -87,6 +88,9 @@ def decode_image(
                 raise ImageError(name, f"takes {needed:,} bytes when it is decoded, and the limit is {max_bytes:,}")
             opened.load()
             image = _apply_orientation(opened)
+            if opened.mode == "I" and 32 in getattr(opened, "tag_v2", {}).get(_BITS_PER_SAMPLE, ()):
+                low, high = opened.getextrema()
+                raise ImageError(name, f"has 32-bit integer pixels from {low} to {high}: scale them to 8 bits first")
             if image.mode != "F":
                 image = on_white(_to_8_bits(image))
                 return image.copy() if image is opened else image  # a plain image, without a reference to the file

@@ -254,6 +254,10 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
     "PNG of 3.6 billion pixels": (png(60_000, 60_000, 8, 2, b""), "is too large to be decoded safely"),
     "PNG without pixels": (png(0, 0, 8, 2, b""), "cannot be read|is not an image"),
     "PNG with a wrong transparent colour": (png(1, 1, 8, 2, b"\0abc", (b"tRNS", b"\0")), "cannot be read"),
+    "32-bit integers": (
+        encoded(Image.fromarray(np.arange(384, dtype=np.int32).reshape(16, 24)), "TIFF"),
+        "has 32-bit integer pixels from 0 to 383: scale them to 8 bits first",
+    ),
     "floats": (encoded(sample_image("F", 24, 16), "TIFF"), "has floating-point pixels"),
 }
 
