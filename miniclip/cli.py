@@ -147,6 +147,7 @@ def _add_classify(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:N or mps (default: cuda if available)")
     parser.add_argument("--dtype", choices=_DTYPES, help="default: float32 on the CPU, float16 on CUDA")
+    parser.add_argument("--truncate", action="store_true", help="cut labels that are too long for the model")
     parser.add_argument("--labels-file", metavar="FILE", help="more labels, one in each line; - is standard input")
     parser.add_argument("--top-k", type=int, metavar="N", help="print only the N most probable labels")
     form = parser.add_mutually_exclusive_group()
@@ -248,7 +249,7 @@ def _classify(options: argparse.Namespace) -> int:
         _print_error(text)
     dtype = _DTYPES[options.dtype] if options.dtype else None
     model, preprocess = load(options.model, options.device, dtype=dtype)
-    classifier = ZeroShotClassifier(model, preprocess, labels, options.template)
+    classifier = ZeroShotClassifier(model, preprocess, labels, options.template, truncate=options.truncate)
     results: list[tuple[str, Answer | ImageError]] = []
     failed = 0
     if options.csv:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,10 +76,8 @@ class Gallery:
             if query.row is not None:
                 view.check(query.generation)
                 start = view.index.vector(query.row)
-            try:
+            with _too_long_for_a_page():
                 vector = view.index.encode_query(query.texts, query.image, without=query.without, start=start)
-            except TextTooLongError as error:  # its advice, to pass truncate=True, does not apply here
-                raise InputError(f"{str(error).partition(';')[0]}: use fewer words") from None
             return view.generation, view.index.nearest(vector, query.start + query.length)[query.start :]
 
         with self._turn:
@@ -90,7 +89,8 @@ class Gallery:
             model, preprocess = self.index.load()
             key = (id(model), template, *labels)
             if key not in self._classifiers:
-                self._classifiers[key] = ZeroShotClassifier(model, preprocess, labels, [template])
+                with _too_long_for_a_page():
+                    self._classifiers[key] = ZeroShotClassifier(model, preprocess, labels, [template])
                 if len(self._classifiers) > 8:
                     self._classifiers.popitem(last=False)
             self._classifiers.move_to_end(key)
@@ -170,3 +170,11 @@ def labels_of(given: Sequence[str]) -> list[str]:
     if not 2 <= len(labels) <= MAX_LABELS:
         raise InputError(f"there must be 2 to {MAX_LABELS} labels, got {len(labels)}")
     return labels
+
+
+@contextlib.contextmanager
+def _too_long_for_a_page() -> Iterator[None]:
+    try:
+        yield
+    except TextTooLongError as error:  # its advice, to pass truncate=True, does not apply here
+        raise InputError(f"{str(error).rpartition('; ')[0]}: use fewer words") from None

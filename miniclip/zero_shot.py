@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from miniclip.errors import InputError, TextTooLongError
+from miniclip.errors import InputError
 from miniclip.model import CLIP
 from miniclip.preprocess import Preprocess
 from miniclip.tokenizer import tokenize
@@ -44,6 +44,8 @@ class ZeroShotClassifier:
         preprocess: Preprocess,
         labels: Sequence[str],
         templates: Sequence[str] = ("a photo of a {}.",),
+        *,
+        truncate: bool = False,
     ) -> None:
         """Encode the prompts, which are every label in every template.
 
@@ -55,10 +57,11 @@ class ZeroShotClassifier:
             preprocess: the preprocessing that ``miniclip.load`` returns with the model.
             labels: the candidates, each of them once.
             templates: prompts in which "{}" stands for the label.
+            truncate: cut prompts that are longer than the model's context, as ``tokenize`` does.
 
         Raises:
             InputError: if there are no labels or no templates, a label occurs twice, or a template has no "{}".
-            TextTooLongError: if a prompt does not fit the model's context.
+            TextTooLongError: if a prompt does not fit the model's context and ``truncate`` is false.
         """
         self.model = model
         self.preprocess = preprocess
@@ -72,7 +75,7 @@ class ZeroShotClassifier:
                 raise InputError(f"the template {template!r} has no {{}} for the label")
         prompts = [template.replace("{}", label) for label in self.labels for template in self.templates]
         with torch.no_grad():
-            tokens = _tokenize_prompts(prompts, model.context_length).to(model.device)
+            tokens = tokenize(prompts, model.context_length, truncate).to(model.device)
             embeddings = torch.cat([model.encode_text(batch) for batch in tokens.split(_TEXTS_PER_BATCH)])
             embeddings = F.normalize(embeddings, dim=1).view(len(self.labels), len(self.templates), -1)
             self.weights = F.normalize(embeddings.mean(dim=1), dim=1)  # (labels, D)
@@ -129,13 +132,6 @@ class ZeroShotClassifier:
                     f"infinity, or overflow in {logits.dtype}"
                 )
         return logits.float().softmax(dim=1)
-
-
-def _tokenize_prompts(prompts: list[str], context_length: int) -> Tensor:
-    try:
-        return tokenize(prompts, context_length)
-    except TextTooLongError as error:  # its advice, to pass truncate=True, does not apply here
-        raise TextTooLongError(f"{str(error).rpartition('; ')[0]}; shorten the label or the template") from None
 
 
 def _strings(name: str, values: Sequence[str]) -> tuple[str, ...]:

@@ -193,3 +193,9 @@ def test_a_labels_file_in_another_encoding_is_told(tmp_path: Path, capsys: pytes
     command = ["classify", "image.png", "--labels-file", str(tmp_path / "labels.txt"), "--model", "demo"]
     assert main(command) == 1
     assert "is not UTF-8 text (byte 1): save the file as UTF-8" in capsys.readouterr().err
+
+
+def test_long_labels_are_cut_only_if_asked(library: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labels = ["--labels", "cat", "dog " * 90]
+    assert "holds 77; add --truncate" in sentence(capsys, library / "a.png", *labels)
+    assert len(answers(capsys, library / "a.png", *labels, "--truncate")) == 2

@@ -206,6 +206,13 @@ def test_wrong_queries_get_one_sentence(parameters: dict[str, Any], said: str, c
     assert said in answer.json()["error"]
 
 
+def test_a_label_that_is_too_long_gets_one_sentence(client: Any, library: Gallery) -> None:
+    body = png(Path(library.index.paths(range(1))[0]))
+    answer = client.post("/api/classify", params={"label": ["a cat", "word " * 100]}, content=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"].endswith("the context holds 77: use fewer words")
+
+
 def test_unknown_addresses_and_other_methods_get_one_sentence(client: Any) -> None:
     for answer, status in ((client.get("/nowhere"), 404), (client.put("/api/search"), 405)):
         assert answer.status_code == status

@@ -156,5 +156,11 @@ def test_error_says_how_to_get_an_image(loaded: Loaded, images: Any, message: st
 
 
 def test_error_names_a_prompt_that_is_too_long(loaded: Loaded) -> None:
-    with pytest.raises(TextTooLongError, match=r"text 1 .* holds 77; shorten the label or the template$"):
+    with pytest.raises(TextTooLongError, match=r"text 1 .* holds 77; pass truncate=True$"):
         ZeroShotClassifier(*loaded, ["cat", "cat " * 80])
+
+
+def test_prompts_are_cut_if_asked(loaded: Loaded) -> None:
+    long = ZeroShotClassifier(*loaded, ["dog", "cat " * 80], ["{}"], truncate=True)
+    cut = ZeroShotClassifier(*loaded, ["dog", "cat " * 75], ["{}"])
+    torch.testing.assert_close(long.weights, cut.weights)
