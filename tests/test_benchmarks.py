@@ -423,7 +423,7 @@ def test_memory_stays_flat_and_a_leak_shows(bench: SimpleNamespace, tiny: Path) 
     kept: list[mmap.mmap] = []
 
     def leak(number: int) -> None:  # not from the heap, where earlier tests have left free memory
-        kept.append(mmap.mmap(-1, 200_000))
+        kept.append(mmap.mmap(-1, 200_000, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         kept[-1].write(b"x" * 200_000)
 
     memory = bench.memory.grown(leak, 200)
