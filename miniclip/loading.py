@@ -9,6 +9,7 @@ import re
 import reprlib
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ def load(
     activation: str | None = None,
     heads: Heads | None = None,
     strict: bool = True,
+    image_size: int | None = None,
 ) -> tuple[CLIP, Preprocess]:
     """Load a CLIP and the preprocessing that belongs to it.
 
@@ -60,6 +62,8 @@ def load(
             configuration if a head is not 64 wide; overrides a configuration that is there.
         strict: whether tensors that are not the CLIP's, such as the state of an optimizer, are an error. A tensor that
             is missing or of the wrong shape always is.
+        image_size: the side of the images in pixels, a multiple of the patch size. The position embeddings are
+            resampled to this size, as transformers' ``interpolate_pos_encoding`` does. By default the model's own.
 
     Returns:
         The model, in eval mode and with frozen parameters, and its ``Preprocess``.
@@ -91,6 +95,11 @@ def load(
         with torch.device("meta"):  # takes no memory and draws no random numbers: the file has every number
             model = CLIP(config)
         checkpoint.fill(model, dtype, torch_device, strict)
+        if image_size is not None:
+            model.visual.resample_positions(image_size)
+    if image_size not in (None, size):
+        model.config = replace(config, vision=replace(config.vision, image_size=image_size))
+        preprocess = replace(preprocess, size=image_size, shortest_edge=None)
     model.fast = fast
     return model.eval().requires_grad_(False), preprocess
 

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miniclip import layers, prefixes
 from miniclip.config import CLIPConfig, TextConfig, TransformerConfig, VisionConfig
-from miniclip.errors import InputError
+from miniclip.errors import ConfigError, InputError
 from miniclip.layers import MLP, Embedding, MultiheadAttention, PackedLayer, PatchEmbedding, View, is_bare
 from miniclip.packed import Packed, is_ordinary, is_traced
 
@@ -167,6 +168,25 @@ class VisionTransformer(nn.Module):
         if images.device != weight.device:
             raise InputError(f"images are on {images.device}, the model is on {weight.device}")
         return images.to(weight.dtype)
+
+    def resample_positions(self, size: int) -> None:
+        """Make the tower take images of ``size`` pixels: its position embeddings are resampled, bicubic.
+
+        Raises:
+            ConfigError: if ``size`` is not a multiple of the patch size.
+        """
+        patch, old = self.conv1.kernel_size[0], self.positional_embedding
+        if not isinstance(size, int) or isinstance(size, bool) or size < patch or size % patch:
+            raise ConfigError(f"image_size must be a multiple of {patch} pixels, the side of a patch, got {size!r}")
+        if size == self.input_resolution:
+            return
+        before, after = self.input_resolution // patch, size // patch
+        grid = old.detach()[1:].T.reshape(1, -1, before, before)
+        # In float32 at least: torch has no bicubic kernel in half precision on every device.
+        grid = F.interpolate(grid.to(torch.promote_types(old.dtype, torch.float32)), (after, after), mode="bicubic")
+        patches = grid.flatten(2)[0].T.to(old.dtype)
+        self.positional_embedding = nn.Parameter(torch.cat([old.detach()[:1], patches]), old.requires_grad)
+        self.input_resolution = size
 
     def _check_size(self, images: Tensor, own: bool) -> None:
         """Images of another size fit if ``positional_embedding`` is not the tower's own, but one of as many patches."""

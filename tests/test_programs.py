@@ -55,6 +55,38 @@ def test_replaced_position_embeddings_take_images_of_another_size(model: CLIP, r
             model.encode_image(pixels(size=size))
 
 
+@pytest.mark.parametrize("size", [16, 48, 64])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_another_image_size_gives_transformers_vectors(
+    size: int, dtype: torch.dtype, tiny: Path, reference: CLIPModel, tmp_path: Path
+) -> None:
+    resized, preprocess = miniclip.load(tiny, "cpu", image_size=size, dtype=dtype)
+    assert (resized.visual.input_resolution, resized.config.vision.image_size, preprocess.size) == (size, size, size)
+    theirs = reference.get_image_features(pixels(size=size), interpolate_pos_encoding=True)
+    theirs = F.normalize(getattr(theirs, "pooler_output", theirs), dim=1)
+    tolerance = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}[dtype]
+    for _ in range(2):
+        ours = F.normalize(resized.encode_image(pixels(size=size).to(dtype)).float(), dim=1)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+    with pytest.raises(InputError, match=rf"images must be \(N, 3, {size}, {size}\)"):
+        resized.encode_image(pixels(size=32))
+    if dtype == torch.float32:  # saved, the folder has the new size
+        miniclip.save_pretrained(resized, tmp_path, preprocess)
+        again, _ = miniclip.load(tmp_path, "cpu")
+        torch.testing.assert_close(again.encode_image(pixels(size=size)), resized.encode_image(pixels(size=size)))
+
+
+@pytest.mark.parametrize("size", [0, 7, 33, -8, 32.0, True, "48"])
+def test_an_image_size_that_is_no_multiple_of_the_patches_is_refused(size: Any, tiny: Path) -> None:
+    with pytest.raises(miniclip.ConfigError, match="image_size must be a multiple of 8 pixels, the side of a patch"):
+        miniclip.load(tiny, "cpu", image_size=size)
+
+
+def test_the_own_image_size_changes_nothing(tiny: Path, model: CLIP) -> None:
+    same, _ = miniclip.load(tiny, "cpu", image_size=32)
+    assert torch.equal(same.visual.positional_embedding, model.visual.positional_embedding)
+
+
 def test_other_sizes_are_refused_while_the_position_embeddings_are_the_models_own(model: CLIP) -> None:
     for size in (33, 48):  # 33 pixels have as many whole patches as 32
         with pytest.raises(InputError, match=r"images must be \(N, 3, 32, 32\)"):
