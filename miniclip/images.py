@@ -10,6 +10,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from miniclip.errors import ImageError, InputError
+from miniclip.terminal import escaped
 
 #: Bytes that the pixels of an image may take when they are decoded: 134 million pixels of 4 bytes.
 MAX_BYTES = 2**29
@@ -105,8 +106,8 @@ def decode_image(
     except Image.DecompressionBombError as error:
         raise ImageError(name, f"is too large to be decoded safely ({error})") from None
     except Exception as error:  # on a damaged file Pillow's decoders raise anything, MemoryError included
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise ImageError(name, f"cannot be read ({reason})") from error
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(name, f"cannot be read ({escaped(reason)})") from error
     raise ImageError(name, "has floating-point pixels of an unknown range: scale them to 8 bits first")
 
 

@@ -34,7 +34,7 @@ ROOMS = {
     "simple_tokenizer": {"tokenizer"},
     "model": {"config", "errors", "layers", "packed", "prefixes"},
     "tokenizer": {"errors"},
-    "images": {"errors"},
+    "images": {"errors", "terminal"},
     "resize": set(),
     "transforms": {"errors"},
     "preprocess": {"errors", "images", "resize", "transforms"},
