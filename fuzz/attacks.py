@@ -7,6 +7,7 @@ file, and the rest is its content.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import io
 import json
@@ -140,7 +141,7 @@ def damaged_json(text: bytes, choose: random.Random) -> bytes:
             other, name = choose.choice(places)
             parent[key] = other[name] if (other, name) in places and not isinstance(other[name], (dict, list)) else None
         else:
-            parent[key] = choose.choice(ODD_VALUES)
+            parent[key] = copy.deepcopy(choose.choice(ODD_VALUES))  # later damage may change what it holds
     if choose.random() < 0.02:
         document = choose.choice(ODD_VALUES)
     return json.dumps(document).encode()
